@@ -1,0 +1,557 @@
+"""
+Tasks, the verifier, and what is measured: pass@1 and pass@k of a checkpoint in the six settings.
+
+    python eval.py --model out/soft/best                                     # the tiny model on arithmetic
+    python eval.py --model path/to/Llama-3.2-3B-Instruct --data gsm8k --settings all --samples 32
+    python eval.py --model path/to/model --data my_problems.jsonl --settings hard_greedy --limit 100
+
+A problem is {"question", "answer", "solution"}. Files are JSON lines; the public ones are downloaded to data/ when missing.
+"""
+import hashlib
+import json
+import math
+import random
+import re
+import time
+import urllib.request
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model import InputError
+from sample import NOISE_SCALE, SETTINGS, STOP, Parser, generate, load, positive
+
+# --------------------------------------------------------------------------------------------------
+# Tasks
+
+GITHUB = "https://raw.githubusercontent.com"
+GSM8K = f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data"
+FILES = {  # (task, split): file in data/, public address, SHA-256 where the file never changes
+    ("gsm8k", "train"): ("gsm8k_train.jsonl", f"{GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+    ("gsm8k", "test"): ("gsm8k_test.jsonl", f"{GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    ("math", "train"): (  # MATH without MATH-500: the original archive is no longer served
+        "math_train.jsonl", "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/"
+        "train.jsonl", None),
+    ("math500", "test"): (
+        "math500.jsonl", "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/"
+        "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
+    ("mawps", "test"): (
+        "mawps.jsonl", f"{GITHUB}/QwenLM/Qwen2.5-Math/main/evaluation/data/mawps/test.jsonl", "00ffe31161be8623a3d36741830edbba87a3aee0109f693810fe40b9d5d91b8b"),
+}
+ARITHMETIC_DIGITS = 3, 4  # least and most in a chain
+TASKS = ["arithmetic", *dict.fromkeys(task for task, _ in FILES)]
+
+
+def download(url, path, sha256):
+    """Fetch url into path, complete or not at all, with a progress bar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as f:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := response.read(1 << 16):
+                    f.write(block)
+                    bar.update(len(block))
+        if size and part.stat().st_size != size:
+            raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
+        if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+            raise OSError("the file's SHA-256 is not the expected one")
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot download {url} ({e}); fetch that address yourself and put it there") from None
+    part.replace(path)
+
+
+def load_problems(data, split, n_arithmetic=512):
+    """The problems of a task name or a PATH.jsonl of {question|problem|input, answer|target, solution?}.
+
+    split: "train", "val" or "test"; where a task has one file only, all splits are that file, except
+    for arithmetic, whose splits are disjoint by construction.
+    Returns a list of {"question", "answer", "solution"} strings. Raises InputError, naming the line.
+    """
+    if data == "arithmetic":
+        rng, problems = random.Random(split), {}
+        while len(problems) < n_arithmetic:
+            problem = arithmetic_problem(rng)
+            if arithmetic_split(problem["question"]) == split:
+                problems[problem["question"]] = problem
+        return list(problems.values())
+    if data in TASKS:
+        file, url, sha256 = FILES.get((data, split)) or next(v for (task, _), v in FILES.items() if task == data)
+        path = Path("data") / file
+        if not path.exists():
+            download(url, path, sha256)
+    else:
+        path = Path(data)
+        if path.suffix != ".jsonl":
+            raise InputError(f"--data {data}: neither a task ({', '.join(TASKS)}) nor a file that ends in .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"--data {path}: not readable ({e}); give a readable file of JSON lines") from None
+    problems = [read_problem(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    empty = sum(not p["answer"] for p in problems)
+    if empty:
+        print(f"{path}: {empty} problems with an empty answer are left out")
+    problems = [p for p in problems if p["answer"]]
+    if not problems:
+        raise InputError(f"--data {path}: no problems in it; give a file of JSON lines")
+    return problems
+
+
+def read_problem(line, where):
+    """One JSON line as {"question", "answer", "solution"}; `where` names it in errors."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise InputError(f"{where}: not a JSON object; give one object a line") from None
+    keys = row if isinstance(row, dict) else {}
+    question = next((row[k] for k in ("question", "problem", "input") if k in keys), None)
+    answer = next((row[k] for k in ("answer", "target") if k in keys), None)
+    if question is None or answer is None:
+        raise InputError(f"{where}: a problem needs question (or problem, input) and answer (or target); add them")
+    solution, answer = row.get("solution", ""), str(answer).strip()
+    if "####" in answer:  # GSM8K: reasoning with <<calculator>> notes, then #### and the number
+        solution, answer = answer.split("####")
+        solution = re.sub(r"<<.*?>>", "", solution)
+    return {"question": str(question).strip(), "answer": answer.strip(), "solution": str(solution).strip()}
+
+
+# Chains of digits with + - *, worked from left to right modulo 10: "3+4*2" is (3+4)*2 = 14, so 4.
+
+def arithmetic_split(question):
+    """The split that a question belongs to, by its checksum."""
+    return {0: "val", 1: "test"}.get(zlib.crc32(question.encode()) % 10, "train")
+
+
+def arithmetic_problem(rng):
+    """A random problem with the solution that shows every step."""
+    n = rng.randint(*ARITHMETIC_DIGITS)
+    value = rng.randrange(10)
+    question, steps = str(value), []
+    for _ in range(n - 1):
+        sign, digit = rng.choice("+-*"), rng.randrange(10)
+        result = {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
+        steps.append(f"{value}{sign}{digit}={result}")
+        question, value = f"{question}{sign}{digit}", result
+    return {"question": question, "answer": str(value), "solution": ";".join(steps)}
+
+
+def worked_text(problem):
+    """A reference solution in the form that the prompt asks for; supervised training imitates it."""
+    thought = f" {problem['solution']}" if problem["solution"] else ""
+    return f"{thought} {STOP} \\boxed{{{problem['answer']}}}."
+
+
+# --------------------------------------------------------------------------------------------------
+# The verifier: are two final answers the same number, expression, tuple, set, interval or word?
+#
+# LaTeX is parsed and computed by the small recursive-descent parser below, exactly (Fraction) where that is possible,
+# else in floating point; expressions with letters are compared at random points. Nothing is ever executed.
+
+class Unreadable(ValueError):
+    """The text is no mathematical expression that the parser knows."""
+
+
+FUNCTIONS = {"sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log, "log": math.log10, "exp": math.exp,
+             "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "cot": lambda x: 1 / math.tan(x),
+             "sec": lambda x: 1 / math.cos(x), "csc": lambda x: 1 / math.sin(x)}
+TOKEN_PATTERN = re.compile(r"\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_(?:\w|\{\w+\}))?|[-+*/^!(){}\[\]|]")
+GREEK = {"alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "phi", "omega", "sigma"}
+MAX_CHARS, MAX_DEPTH, MAX_BITS = 400, 40, 4096  # what a hostile answer may cost
+
+
+def exact(x):
+    return isinstance(x, Fraction)
+
+
+def power(a, b):
+    """a ** b, exact for rational a and integer b, within MAX_BITS."""
+    if exact(a) and exact(b) and b.denominator == 1:
+        bits = max(a.numerator.bit_length(), a.denominator.bit_length())
+        if bits * abs(b.numerator) > MAX_BITS:
+            raise Unreadable("power too large")
+        return a ** b.numerator
+    return complex(a) ** complex(b)
+
+
+def root(a, n):
+    """The n-th root; of a negative number the real one, if n is odd."""
+    if exact(a) and exact(n) and n.denominator == 1 and n % 2 and a < 0:
+        return -root(-a, n)
+    if exact(a) and a >= 0 and n == 2:
+        r = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
+        if r * r == a:
+            return r
+    return complex(a) ** (1 / complex(n))
+
+
+class Expression:
+    """Computes one LaTeX expression; letters get random values that depend on `salt`."""
+
+    def __init__(self, text, salt=0):
+        self.tokens, self.at, self.depth, self.salt = TOKEN_PATTERN.findall(text), 0, 0, salt
+        if "".join(self.tokens) != text.replace(" ", ""):
+            raise Unreadable(text)
+
+    def value(self):
+        result = self.sum()
+        if self.peek():
+            raise Unreadable(self.peek())
+        return result
+
+    def peek(self):
+        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+
+    def take(self, *expected):
+        token = self.peek()
+        if not token or (expected and token not in expected):
+            raise Unreadable(token)
+        self.at += 1
+        return token
+
+    def sum(self):
+        total = self.product()
+        while self.peek() in ("+", "-"):
+            total = total + self.product() if self.take() == "+" else total - self.product()
+        return total
+
+    def product(self):
+        result = self.signed()
+        while (token := self.peek()) and token not in ("+", "-", ")", "}", "]", "|"):
+            if token in ("*", "\\cdot", "\\times"):
+                self.take()
+                result = result * self.signed()
+            elif token in ("/", "\\div"):
+                self.take()
+                result = result / self.signed()
+            else:
+                result = result * self.powered()
+        return result
+
+    def signed(self):
+        if self.peek() in ("+", "-"):
+            return -self.signed() if self.take() == "-" else self.signed()
+        return self.powered()
+
+    def powered(self):
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        base = self.atom()
+        while self.peek() in ("^", "!"):
+            if self.take() == "!":
+                if not exact(base) or base.denominator != 1 or not 0 <= base <= 200:
+                    raise Unreadable("factorial")
+                base = Fraction(math.factorial(int(base)))
+            else:
+                base = power(base, self.signed())
+        self.depth -= 1
+        return base
+
+    def group(self, close):
+        result = self.sum()
+        self.take(close)
+        return result
+
+    def atom(self):
+        token = self.take()
+        if token[0].isdigit() or token[0] == ".":
+            number = Fraction(token if token[-1] != "." else token[:-1])
+            if self.peek() == "\\frac" and exact(number) and number.denominator == 1:  # a mixed number: 2\frac{1}{3}
+                plain = re.match(r"\\frac\{\d+\}\{\d+\}$", "".join(self.tokens[self.at:self.at + 7]))
+                return number + self.atom() if plain else number
+            return number
+        if token in ("(", "{", "["):
+            return self.group({"(": ")", "{": "}", "[": "]"}[token])
+        if token == "|":
+            return abs(self.group("|"))
+        if token in ("\\frac", "\\binom"):
+            self.take("{")
+            top = self.group("}")
+            self.take("{")
+            bottom = self.group("}")
+            if token == "\\frac":
+                return top / bottom
+            if not (exact(top) and exact(bottom) and top.denominator == bottom.denominator == 1 and 0 <= top <= 200):
+                raise Unreadable("binom")
+            return Fraction(math.comb(int(top), int(bottom)))
+        if token == "\\sqrt":
+            n = Fraction(2)
+            if self.peek() == "[":
+                self.take()
+                n = self.group("]")
+            self.take("{")
+            return root(self.group("}"), n)
+        if token == "\\pi":
+            return math.pi
+        if token == "\\infty":
+            return math.inf
+        if token[1:] in FUNCTIONS:
+            exponent = None
+            if self.peek() == "^":
+                self.take()
+                exponent = self.atom()
+            x = self.powered()
+            if isinstance(x, complex) and x.imag:
+                raise Unreadable(token)
+            result = FUNCTIONS[token[1:]](x.real if isinstance(x, complex) else float(x))
+            return result if exponent is None else power(result, exponent)
+        if token[0].isalpha() or token[0] == "\\" and token[1:] in GREEK:
+            # a rational in [1, 3) that stands for the letter
+            value = 1 + Fraction(zlib.crc32(f"{token}{self.salt}".encode()) % 2003, 1009)
+            return {"i": 1j, "e": math.e}.get(token, value)
+        raise Unreadable(token)
+
+
+
+SPELLINGS = [  # LaTeX that changes the look and not the value, in the order in which it is rewritten
+    (r"\{,\}|,\\!\s*", ","), (r"\\left|\\right|\\[bB]igg?[lr]?(?![a-z])|\\displaystyle|(?<!\\)\\[!,;: ]|\\quad|\\?\$|~", " "),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\mathrm|\\mathbf|\\textbf|\\textit|\\mbox|\\operatorname", r"\\text"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", ""), (r"−|–", "-"), (r"×", r"\\times"), (r"π", r"\\pi"), (r"∞", r"\\infty"),
+    (r"√", r"\\sqrt"), (r"\\(?:leq|leqslant|le)(?![a-z])|≤", "<="), (r"\\(?:geq|geqslant|ge)(?![a-z])|≥", ">="),
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"∪", r"\\cup"), (r"\\in(?![a-z])|∈", "="),
+    (r"\\[lr]brace|\\([{}])", lambda m: "@{" if m[0] in ("\\{", "\\lbrace") else "@}"), (r"\*\*", "^"), (r"_\{(\w)\}", r"_\1"),
+    (r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}", ","), (r"\\%", "%"),
+    (r"\\frac\s*([\da-z])\s*([\da-z])", r"\\frac{\1}{\2}"), (r"\\frac\s*([\da-z])\s*\{", r"\\frac{\1}{"),
+    (r"(\\frac\{[^{}]*\})\s*([\da-z])", r"\1{\2}"), (r"\\sqrt\s*([\da-z])", r"\\sqrt{\1}"),
+    (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
+    (r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+]
+SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
+
+
+def simplify(text):
+    """One spelling for the many ways in which LaTeX writes the same thing."""
+    text = " ".join(text.split()).strip(" .;$")
+    for pattern, new in SPELLINGS:
+        text = pattern.sub(new, text)
+    whole = re.fullmatch(r"\s*\\text\s*\{([^{}]*)\}\s*", text)
+    if whole:
+        text = whole[1]
+    text = re.sub(r"\\text\s*\{[^{}]*\}(?:\^\{?\d\}?)?", " ", text)  # units behind a number, words around it
+    text = re.sub(r"(?<=[\d})])\s+[A-Za-z][A-Za-z]+(?:[ ./^-]*[A-Za-z\d]+)*\.?$", "", text)
+    choice = re.fullmatch(r"\s*\(([A-Z])\)\s*", text)
+    return re.sub(r"\s+", " ", choice[1] if choice else text).strip(" .")
+
+
+def split_top(text, separator):
+    """Split at separators that stand outside all brackets: split_top("(1,2),3", ",") == ["(1,2)", "3"]."""
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if depth == 0 and text.startswith(separator, i):
+            parts.append(text[start:i])
+            start = i + len(separator)
+    return [p.strip() for p in parts + [text[start:]]]
+
+
+def unordered(a, b, same):
+    """Whether the items of a can be paired with those of b (as sets: repeated items count once)."""
+    return all(any(same(x, y) for y in b) for x in a) and all(any(same(x, y) for x in a) for y in b)
+
+
+def same_value(a, b, decimals):
+    """Whether two numbers agree: exactly if both are rational, else to floating-point precision."""
+    if exact(a) and exact(b) and a == b:
+        return True
+    if decimals and abs(a - b) < 5e-7:  # one was written out to six places or more
+        return True
+    if exact(a) and exact(b):
+        return False
+    a, b = complex(a), complex(b)
+    return a == b or abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+
+
+def same_expression(a, b):
+    """Whether two expressions have the same value, wherever both are defined among three random points."""
+    decimals, agreed = re.search(r"\.\d{6}", a + b), 0
+    for salt in range(3):
+        try:
+            if not same_value(Expression(a, salt).value(), Expression(b, salt).value(), decimals):
+                return False
+            agreed += 1
+        except ZeroDivisionError:
+            continue
+    return agreed > 0
+
+
+def same(a, b):
+    """Whether two simplified answers are equal; Unreadable where neither text nor mathematics decides it."""
+    if a.replace(" ", "").lower() == b.replace(" ", "").lower():
+        return a != ""
+    if "%" in (a[-1:], b[-1:]):  # 50% is 50 and 0.5, and is not 0.5%
+        plain_a, plain_b = a.rstrip("% "), b.rstrip("% ")
+        return same(plain_a, plain_b) or a[-1:] != b[-1:] and same(
+            f"({plain_a})/100" if a[-1:] == "%" else a, f"({plain_b})/100" if b[-1:] == "%" else b)
+    if "\\pm" in a or "\\pm" in b:
+        a, b = (f"{t.replace(chr(92) + 'pm', '+')},{t.replace(chr(92) + 'pm', '-')}" if "\\pm" in t else t for t in (a, b))
+    for separator in ("\\cup", "\\\\", "&"):
+        parts_a, parts_b = (split_top(re.sub(r"\\(begin|end)\{[a-z]*matrix\}", "", t), separator) for t in (a, b))
+        if len(parts_a) > 1 or len(parts_b) > 1:
+            if separator == "\\cup":
+                return unordered(parts_a, parts_b, same)
+            return len(parts_a) == len(parts_b) and all(map(same, parts_a, parts_b))
+
+    named = [re.match(r"[A-Za-z](?:_\w|\([a-z]\))? ?= ?(?!.*=)", t) for t in (a, b)]
+    if named[0] and "=" not in b:  # x = 5 against 5
+        return same(a[named[0].end():], b)
+    if named[1] and "=" not in a:
+        return same(a, b[named[1].end():])
+    (open_a, items_a), (open_b, items_b) = listed(a), listed(b)
+    if len(items_a) > 1 or len(items_b) > 1 or "@" in open_a + open_b:
+        set_a, set_b = open_a in ("", "@{@}"), open_b in ("", "@{@}")
+        if set_a and set_b:
+            return unordered(items_a, items_b, same)
+        return open_a == open_b and len(items_a) == len(items_b) and all(map(same, items_a, items_b))
+
+    for relation in ("<=", ">=", "<", ">", "="):
+        sides_a, sides_b = split_top(a, relation), split_top(b, relation)
+        if len(sides_a) == len(sides_b) > 1:
+            if relation == "=" and len(sides_a) == 2:  # the same line or curve: left - right agree up to a factor
+                if sides_a[0] == sides_b[0] and same(sides_a[1], sides_b[1]):
+                    return True
+                left, right = (f"({s[0]})-({s[1]})" for s in (sides_a, sides_b))
+                ratios = [Expression(left, s).value() / Expression(right, s).value() for s in range(3)]
+                return all(same_value(r, ratios[0], False) for r in ratios[1:])
+            return all(map(same, sides_a, sides_b))
+        mirrored = split_top(b, relation.translate(str.maketrans("<>", "><")))[::-1]
+        if len(sides_a) == len(mirrored) > 1:
+            return all(map(same, sides_a, mirrored))
+    if re.fullmatch(r"[A-Za-z][A-Za-z ]{2,}", a) or re.fullmatch(r"[A-Za-z][A-Za-z ]{2,}", b):
+        return False  # words are compared as words, above
+    return same_expression(a, b)
+
+
+def listed(text):
+    """The bracket pair around a text, if it is one, and the items between: listed("(1,2)") == ("()", ["1", "2"])."""
+    for opening, closing in (("@{", "@}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
+        if text.startswith(opening) and text.endswith(closing):
+            inner = text[len(opening):-len(closing)]
+            flat = inner.replace("@", "")
+            depths = [0]
+            for char in flat:
+                depths.append(depths[-1] + (char in "([{") - (char in ")]}"))
+            if min(depths) == 0 and (opening == "@{" or len(split_top(flat, ",")) > 1):
+                return opening + closing, split_top(inner, ",")
+    return "", split_top(text, ",")
+
+
+def judge(candidate, gold, verifier="own"):
+    """"correct", "wrong", or "error" if the candidate or the gold answer cannot be read as anything."""
+    try:
+        if verifier == "math-verify":
+            from math_verify import parse, verify as peer
+            return "correct" if peer(parse(f"${gold}$"), parse(f"${candidate}$")) else "wrong"
+        if len(candidate) > MAX_CHARS or len(gold) > MAX_CHARS:
+            return "correct" if candidate.strip() == gold.strip() else "wrong"
+        return "correct" if same(simplify(candidate), simplify(gold)) else "wrong"
+    except ImportError:
+        raise InputError("--verifier math-verify: not installed; pip install math-verify") from None
+    except Exception:  # whatever a model wrote must not end the run: it is wrong, and counted apart
+        return "error"
+
+
+def verify(candidate: str, gold: str) -> bool:
+    """Whether a final answer equals the reference: verify("\\\\frac{1}{2}", "0.5") is True."""
+    return judge(candidate, gold) == "correct"
+
+
+# --------------------------------------------------------------------------------------------------
+# Measures
+
+def pass_at_k(n, c, k):
+    """Probability that at least one of k draws without replacement from n samples, c of them correct, is correct.
+
+    The unbiased estimator 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374); 1 <= k <= n.
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len, answer_len, noise_scale=NOISE_SCALE,
+             temperature=None, batch=64, seed=0, verifier="own", progress=False):
+    """Measure one of the six SETTINGS; its greedy half takes one sample per problem, whatever n_samples says.
+
+    Returns {"pass@1", "pass@k" for k = 2, 4, ... up to n_samples, "truncated", "unparsed", "errors": shares of all
+    samples; "cot_len": mean, tokens; "tokens_per_s"; "n_problems"; "n_samples"} and the samples, one dict each.
+    """
+    mode, how = setting.split("_")
+    n = 1 if how == "greedy" else n_samples
+    start, n_tokens, samples = time.perf_counter(), 0, []
+    per_batch = max(1, batch // n)
+    for i in tqdm(range(0, len(problems), per_batch), desc=setting, disable=not progress, leave=False):
+        part = problems[i:i + per_batch]
+        out = generate(
+            model, tokenizer, [notes["prompt"].replace("{question}", p["question"]) for p in part], n, mode,
+            greedy=how == "greedy", temperature=temperature, noise_std=noise_scale * notes["embedding_rms"],
+            cot_len=cot_len, answer_len=answer_len, eos=notes["eos"], seed=(seed, i), watch=notes.get("watch"))
+        n_tokens += int(out.length.sum())
+        for j, (cot, answer) in enumerate(zip(out.cots, out.answers)):
+            p = part[j // n]
+            verdict = "unparsed" if answer is None else judge(answer, p["answer"], verifier)
+            samples.append({"question": p["question"], "gold": p["answer"], "thought": cot, "answer": answer,
+                            "verdict": verdict, "truncated": bool(out.truncated[j]), "cot_len": int(out.cot_len[j])})
+    seconds = time.perf_counter() - start
+
+    correct = [sum(s["verdict"] == "correct" for s in samples[i:i + n]) for i in range(0, len(samples), n)]
+    def share(test):
+        return sum(map(test, samples)) / len(samples)
+    ks = [2 ** i for i in range(n.bit_length()) if 2 ** i <= n]
+    result = {f"pass@{k}": sum(pass_at_k(n, c, k) for c in correct) / len(correct) for k in ks}
+    result |= {"truncated": share(lambda s: s["truncated"]), "unparsed": share(lambda s: s["verdict"] == "unparsed"),
+               "errors": share(lambda s: s["verdict"] == "error"), "cot_len": share(lambda s: s["cot_len"]),
+               "tokens_per_s": n_tokens / seconds, "n_problems": len(problems), "n_samples": n}
+    return result, samples
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+def main(args):
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    model, tokenizer, notes = load(args.model, dtype, args.device, args.prompt_file)
+    problems = load_problems(args.data, "test")[:args.limit]
+    results = {}
+    for setting in settings_of(args.settings):
+        results[setting], _ = evaluate(
+            model, tokenizer, notes, problems, setting, args.samples, batch=args.batch, seed=args.seed,
+            cot_len=args.cot_len or notes.get("cot_len", 512), answer_len=args.answer_len or notes.get("answer_len", 32),
+            noise_scale=args.noise_scale or notes.get("noise_scale", NOISE_SCALE), temperature=args.temperature,
+            verifier=args.verifier, progress=True)
+    print(f"\n{args.model} on {args.data}, {len(problems)} problems")
+    ks = [f"pass@{k}" for k in sorted({1, args.samples} | {2 ** i for i in range(args.samples.bit_length())}) if k <= args.samples]
+    print(f"{'setting':14}" + "".join(f"{k:>9}" for k in ks) + "  truncated  unparsed   cot_len  tokens/s")
+    for setting, r in results.items():
+        cells = "".join(f"{100 * r[k]:9.1f}" if k in r else " " * 9 for k in ks)
+        print(f"{setting:14}{cells}{100 * r['truncated']:11.1f}{100 * r['unparsed']:10.1f}{r['cot_len']:10.1f}"
+              f"{r['tokens_per_s']:10.0f}")
+    if args.out:
+        Path(args.out).write_text(json.dumps({"args": vars(args), "results": results}, indent=2) + "\n")
+        print(f"written to {args.out}")
+
+
+def settings_of(text):
+    """--settings: "all", or names of SETTINGS joined by commas, as a list."""
+    names = SETTINGS if text == "all" else text.split(",")
+    for name in names:
+        if name not in SETTINGS:
+            raise InputError(f"--settings {name}: no such setting; choose from {', '.join(SETTINGS)}")
+    return names
+
+
+if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, help="checkpoint directory")
+    parser.add_argument("--data", default="arithmetic", help=f"{', '.join(TASKS)} or PATH.jsonl")
+    parser.add_argument("--settings", default="hard_greedy,soft_greedy", help=f"all, or of {', '.join(SETTINGS)}")
+    parser.add_argument("--samples", type=positive(int), default=32, help="per problem, in the sample settings")
+    parser.add_argument("--limit", type=positive(int), help="only the first so many problems")
+    parser.add_argument("--batch", type=positive(int), default=64, help="rows alive at a time")
+    parser.add_argument("--verifier", choices=["own", "math-verify"], default="own")
+    parser.add_argument("--out", help="JSON file for the results")
+    parser.add_common()
+    parser.run(main)

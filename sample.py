@@ -1,0 +1,468 @@
+"""
+Think in hard, soft or fuzzy tokens: one decoding loop with one switch.
+
+    python sample.py --model out/soft/best --mode soft "3+4*2-5"
+    python sample.py --model path/to/Llama-3.2-3B-Instruct --mode soft --greedy --show 5 "What is 7 times 8?"
+
+A row passes through four phases, one slot per step: it thinks (COT), is given the words that open the box (PREFILL),
+answers (ANSWER), and waits to be dropped (DONE). Every slot records who chose it: a sampled token, a noisy embedding,
+or nobody (forced). That record travels to the loss, so that what is scored is what was sampled.
+Dimensions: B live rows, R all rows, Q prompts, G samples per prompt, N slots per row, V vocabulary, D width.
+"""
+import argparse
+import math
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch.nn.utils.rnn import pad_sequence
+
+from model import InputError, KVCache, Transformer, eos_token_ids, read_json
+
+PROMPT = (
+    "Below, a User asks one question and an Assistant replies. The Assistant writes out the complete "
+    "reasoning, one step after another, and only then gives the final answer in \\boxed{}. A reply "
+    "always follows the format 'User: [question] Assistant: [detailed reasoning] The final answer is: "
+    "\\boxed{[answer]}.' User: {question} Assistant:")
+STOP = "The final answer is:"
+FORCED_TEXTS = (" \\boxed{", f" {STOP} \\boxed{{")  # after an early stop; after the budget is used up
+MODES = {"hard": 1.0, "soft": 0.5, "fuzzy": 1e-4}  # temperature of the chain of thought (eq. 3)
+NOISE_SCALE = 0.33  # sigma over the root mean square of the embedding table (eq. 6)
+SETTINGS = [f"{mode}_{how}" for mode in MODES for how in ("greedy", "sample")]
+
+NONE, TOKEN, THOUGHT, FORCED = range(4)  # who chose a slot: nobody yet, a sampled token, a noisy embedding, the prefill
+COT, PREFILL, ANSWER, DONE = range(4)  # the phases of a row, in the order it passes through them
+ROUND = 8  # steps between two looks at which rows have finished: the only times the host waits for the device
+
+
+# --------------------------------------------------------------------------------------------------
+# Text conditions as tables over token ids, so that no text is decoded while a row is generated
+
+def token_texts(tokenizer, vocab_size):
+    """The text that each id adds behind other text, a list of vocab_size strings ("" for unused ids)."""
+    anchor = tokenizer.encode("a", add_special_tokens=False).ids[0]  # some decoders strip a first space
+    ids = range(min(vocab_size, tokenizer.get_vocab_size()))
+    texts = tokenizer.decode_batch([[anchor, i] for i in ids], skip_special_tokens=False)
+    skip = len(tokenizer.decode([anchor], skip_special_tokens=False))
+    return [text[skip:] for text in texts] + [""] * (vocab_size - len(ids))
+
+
+@dataclass
+class Watch:
+    """Where the chain of thought stops and where the answer's brace closes, one lookup per token.
+
+    matched  (len(STOP) + 1, V) uint8: how many characters of STOP the text ends with after a token,
+             given how many it ended with before (a Knuth-Morris-Pratt automaton run over the token's
+             characters; white space behind the whole phrase keeps the match)
+    rise     (V,) int64: opened minus closed braces in a token
+    low      (V,) int64: the least value of that count within the token, at most 0
+    """
+    matched: torch.Tensor
+    rise: torch.Tensor
+    low: torch.Tensor
+
+    @classmethod
+    def build(cls, tokenizer, vocab_size, device="cpu", phrase=STOP):
+        n, texts = len(phrase), token_texts(tokenizer, vocab_size)
+        delta = np.zeros((n + 1, 128), dtype=np.uint8)  # [matched so far, next character] -> matched
+        for state in range(n + 1):
+            for char in set(phrase):
+                seen = phrase[:state] + char
+                delta[state, ord(char)] = max(
+                    k for k in range(n + 1) if k <= len(seen) and seen.endswith(phrase[:k]))
+        delta[n, [ord(c) for c in " \t\n\r"]] = n
+
+        lengths = np.array([len(t) for t in texts])
+        matched = np.repeat(np.arange(n + 1, dtype=np.uint8)[:, None], vocab_size, axis=1)
+        for i in range(lengths.max()):  # one character of all tokens at a time
+            ids = np.flatnonzero(lengths > i)
+            chars = np.array([min(ord(texts[t][i]), 127) for t in ids])
+            matched[:, ids] = delta[matched[:, ids], chars]
+
+        rise, low = np.zeros(vocab_size, dtype=np.int64), np.zeros(vocab_size, dtype=np.int64)
+        for t, text in enumerate(texts):
+            for char in text if "{" in text or "}" in text else "":
+                rise[t] += (char == "{") - (char == "}")
+                low[t] = min(low[t], rise[t])
+        return cls(*(torch.from_numpy(a).to(device) for a in (matched, rise, low)))
+
+
+def read_box(text):
+    """The text up to the brace that closes an opened \\boxed{, or None: read_box("12}.") == "12"."""
+    depth = 1
+    for i, char in enumerate(text):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return text[:i]
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+@dataclass
+class Rollout:
+    """R generated rows of N slots each. Slot 0 follows the prompt; unused slots are at the end."""
+    prompts: torch.Tensor   # (R, P) int64: prompt ids, padded at the right
+    prompt_len: torch.Tensor  # (R,) int64
+    tokens: torch.Tensor    # (R, N) int64: the token; at a thought, its shadow, the argmax of p
+    kind: torch.Tensor      # (R, N) uint8: NONE, TOKEN, THOUGHT or FORCED
+    logp: torch.Tensor      # (R, N) float32, nats: of the token or noisy embedding when it was drawn, else 0
+    entropy: torch.Tensor   # (R, N) float32, nats: of softmax(logits) at temperature 1; nan where not measured
+    thoughts: torch.Tensor  # (R, C, D): the noisy embeddings as fed, in the model's dtype; None if not stored
+    cot_len: torch.Tensor = None    # (R,) int64: slots of the chain of thought
+    length: torch.Tensor = None     # (R,) int64: slots in use
+    truncated: torch.Tensor = None  # (R,) bool: the budget ended the thought, not STOP
+    cots: list = None       # R strings: the thought as text
+    answers: list = None    # R strings: what stands in the box, or None if it was never closed
+
+
+def prefill(model, prompts, device):
+    """Run prompts (lists of ids, left-padded to the longest) through the model.
+
+    Returns hidden (Q, D) of each last token, the cache, and start (Q,): each row's first used column.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (Q, P)
+    start = torch.tensor([width - len(p) for p in prompts], device=device)
+    columns = torch.arange(width, device=device)
+    cache = KVCache()
+    hidden = model(ids, cache, positions=(columns - start[:, None]).clamp(min=0),
+                   key_mask=columns >= start[:, None])
+    return hidden[:, -1], cache, start
+
+
+def draw(seed, groups, n_samples, width, device):
+    """The uniforms and normals of one round, for all samples of each (prompt, age) in groups.
+
+    They depend on the seed, the prompt's number, the sample's and the age alone, never on which other
+    rows are alive, so that batches, ranks and dropped rows change nothing.
+    Returns (len(groups) G, ROUND) and (len(groups) G, ROUND, width), float32.
+    """
+    generator, uniform, normal = torch.Generator(device), [], []
+    for prompt, age in groups:
+        key = np.random.SeedSequence((*seed, prompt, age)).generate_state(1, np.uint64)[0]
+        generator.manual_seed(int(key >> np.uint64(1)))
+        uniform.append(torch.rand(n_samples, ROUND, generator=generator, device=device))
+        normal.append(torch.randn(n_samples, ROUND, width, generator=generator, device=device))
+    return torch.cat(uniform), torch.cat(normal)
+
+
+def sample_tokens(probs, uniform):
+    """Draw a token per row of probs (B, V) by inverting its cumulative sum at uniform (B,) in [0, 1)."""
+    cdf = probs.cumsum(-1)
+    index = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+    return index.clamp(max=probs.shape[-1] - 1)
+
+
+def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, temperature, noise_std):
+    """Pick what stands in the next slot of every live row.
+
+    live     {"hidden": (B, D), "phase": (B,), "which": (B,), "cursor": (B,), ...}
+    uniform  (B,), normal (B, D): this step's randomness
+    Returns the slot's token (B,), input embedding (B, D), log-prob (B,), probs (B, V) at the row's
+    temperature and logits (B, V).
+    """
+    in_cot, in_prefill = live["phase"] == COT, live["phase"] == PREFILL
+    logits = model.logits(live["hidden"])
+    tau = torch.where(in_cot, temperature, 1.0)[:, None]  # answers are plain samples (eq. 8)
+    probs = (logits / tau).softmax(-1)  # eq. 3
+
+    best = logits.argmax(-1)
+    cot_greedy = greedy or mode != "hard"  # the shadow of a soft thought is greedy
+    sampled = best if cot_greedy and answer_greedy else sample_tokens(probs, uniform)
+    token = torch.where(in_cot, best if cot_greedy else sampled, best if answer_greedy else sampled)
+    token = torch.where(in_prefill, forced[live["which"], live["cursor"]], token)
+    logp = probs.gather(-1, token[:, None])[:, 0].log()
+    x = model.embed_tokens(token)  # eq. 4
+
+    if mode != "hard":
+        mean = model.soft_embedding(probs)  # h0 = p E, eq. 5
+        thought = (mean if greedy else mean + noise_std * normal).to(x.dtype)  # eq. 6
+        if not greedy:  # the density is that of the value fed, after the cast (eq. 10)
+            constant = mean.shape[-1] * math.log(noise_std * math.sqrt(2 * math.pi))
+            density = -(thought.float() - mean).square().sum(-1) / (2 * noise_std ** 2) - constant
+            logp = torch.where(in_cot, density, logp)
+        else:
+            logp = logp.masked_fill(in_cot, 0)  # a noise-free thought is no random action
+        x = torch.where(in_cot[:, None], thought, x)
+    return token, x, logp.masked_fill(in_prefill, 0), probs, logits
+
+
+def advance(live, token, watch, forced_len, cot_len, answer_len, eos):
+    """Move every row on by the token that its slot got: the phases, all rows at once, no text.
+
+    forced_len (2,) tokens of the two FORCED_TEXTS; eos (n,) end tokens. Returns the changed entries.
+    """
+    phase, age = live["phase"], live["age"] + 1
+    in_cot, in_prefill, in_answer = phase == COT, phase == PREFILL, phase == ANSWER
+    matched = torch.where(in_cot, watch.matched[live["matched"].long(), token], live["matched"])
+    stopped = in_cot & (matched == len(watch.matched) - 1)
+    used_up = in_cot & ~stopped & (age == cot_len)
+    which = torch.where(used_up, 1, live["which"])
+    cursor = live["cursor"] + in_prefill
+    opened = in_prefill & (cursor == forced_len[which])
+    closed = live["depth"] + watch.low[token] <= 0
+    said = live["said"] + in_answer  # answer tokens so far
+    ended = in_answer & (closed | torch.isin(token, eos) | (said == answer_len))
+    return {"phase": phase + (stopped | used_up | opened | ended), "age": age, "matched": matched,
+            "which": which, "cursor": torch.minimum(cursor, forced_len[which] - 1), "said": said,
+            "depth": live["depth"] + watch.rise[token] * in_answer}
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer_greedy=True, temperature=None,
+             noise_std=None, cot_len=512, answer_len=32, eos=(), seed=(0,), rows=None, batch=None, watch=None,
+             store_thoughts=False, entropy_every=0, on_step=None):
+    """Think and answer: n_samples rows for each prompt (paper.md section 3 of the method; eq. 1-6).
+
+    prompts        Q strings; mode "hard", "soft" or "fuzzy"; greedy: argmax tokens, or thoughts without noise
+    answer_greedy  False in training, where answers are samples at temperature 1
+    temperature    of the thought; default MODES[mode]
+    noise_std      standard deviation per coordinate; needed by soft and fuzzy unless greedy
+    cot_len, answer_len  budgets in tokens; eos: end-of-sequence ids, which end an answer, never a thought
+    seed           ints; rows: which of the Q n_samples rows (row = prompt n_samples + sample), default all
+    batch          most rows alive at a time; others enter as these finish. Default: all at once
+    entropy_every  measure the entropy at every so-many-th slot; 0: never
+    on_step        called as on_step(kind, token, probs) with the step's (B,), (B,), (B, V) tensors
+    Returns a Rollout. Raises InputError for a prompt that does not fit the model's context.
+    """
+    device, width = model.embed_tokens.weight.device, model.config.hidden_size
+    watch = watch or Watch.build(tokenizer, model.config.vocab_size, device)
+    temperature = temperature or MODES[mode]
+    eos = torch.tensor(list(eos), dtype=torch.long, device=device)
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in FORCED_TEXTS]
+    forced_len = torch.tensor([len(i) for i in ids], device=device)
+    most = max(map(len, ids))
+    forced = torch.tensor([i + [0] * (most - len(i)) for i in ids], device=device)  # (2, most)
+    kind_of_phase = torch.tensor([TOKEN if mode == "hard" else THOUGHT, FORCED, TOKEN, NONE],
+                                 dtype=torch.uint8, device=device)
+
+    prompt_ids = [e.ids for e in tokenizer.encode_batch(list(prompts))]
+    rows = list(range(len(prompts) * n_samples) if rows is None else rows)
+    R, N = len(rows), cot_len + most + answer_len
+    for p in prompt_ids:
+        if len(p) + N > model.config.max_position_embeddings:
+            raise InputError(f"a prompt of {len(p)} tokens with --cot_len {cot_len} and --answer_len {answer_len} "
+                             f"exceeds the model's context of {model.config.max_position_embeddings} tokens; "
+                             "shorten them or leave the question out")
+    of_row = torch.tensor(rows, device=device) // n_samples
+    out = Rollout(
+        prompts=pad_sequence([torch.tensor(p, device=device) for p in prompt_ids], batch_first=True)[of_row],
+        prompt_len=torch.tensor([len(p) for p in prompt_ids], device=device)[of_row],
+        tokens=torch.zeros(R, N + 1, dtype=torch.long, device=device),  # column N takes what DONE rows write
+        kind=torch.zeros(R, N + 1, dtype=torch.uint8, device=device),
+        logp=torch.zeros(R, N + 1, device=device),
+        entropy=torch.full((R, N + 1), math.nan, device=device),
+        thoughts=torch.zeros(R, cot_len + 1, width, dtype=model.embed_tokens.weight.dtype, device=device)
+        if store_thoughts and mode != "hard" else None)
+
+    waiting = deque()  # [prompt, [rows of it]], entered together after one prefill
+    for place, r in enumerate(rows):
+        if not waiting or waiting[-1][0] != r // n_samples:
+            waiting.append((r // n_samples, []))
+        waiting[-1][1].append(place)
+    batch = batch or R
+    live, cache, places, ages = {}, None, [], []  # places: each live row's row in `out`; both on the host
+
+    while True:
+        # Between rounds: finished rows leave, waiting prompts enter
+        if live:
+            alive = [i for i, phase in enumerate(live["phase"].tolist()) if phase != DONE]
+            entering = waiting and len(alive) + len(waiting[0][1]) <= batch
+            if entering or len(alive) <= 0.75 * len(places):
+                keep = torch.tensor(alive, dtype=torch.long, device=device)
+                live = {k: v[keep] for k, v in live.items()}
+                places, ages = [places[i] for i in alive], [ages[i] for i in alive]
+                first = int(live["start"].min()) if alive else 0
+                cache.keep(keep, first)
+                live["start"] -= first
+        groups = []
+        while waiting and (len(places) + sum(len(g[1]) for g in groups) + len(waiting[0][1]) <= batch
+                           or not (places or groups)):
+            groups.append(waiting.popleft())
+        if groups:
+            hidden, fresh, start = prefill(model, [prompt_ids[q] for q, _ in groups], device)
+            copies = torch.tensor([i for i, g in enumerate(groups) for _ in g[1]], device=device)
+            fresh.keep(copies)  # one prefill per prompt, one row per sample
+            entered = [p for _, g in groups for p in g]
+            new = {k: torch.zeros(len(entered), dtype=torch.long, device=device)
+                   for k in ("phase", "age", "which", "cursor", "said")}
+            new |= {"matched": torch.zeros(len(entered), dtype=torch.uint8, device=device),
+                    "depth": torch.ones(len(entered), dtype=torch.long, device=device),
+                    "place": torch.tensor(entered, device=device),
+                    "hidden": hidden[copies], "start": start[copies]}
+            if places:
+                old_len = cache.length
+                cache.join(fresh)
+                live["start"] += cache.length - old_len
+                new["start"] += cache.length - fresh.length
+                live = {k: torch.cat((live[k], new[k])) for k in live}
+            else:
+                live, cache = new, fresh
+            places, ages = places + entered, ages + [0] * len(entered)
+        if not places:
+            break
+
+        # One round: ROUND steps of all live rows
+        keys = [(rows[p] // n_samples, age) for p, age in zip(places, ages)]
+        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        mine = torch.tensor([number[key] * n_samples + rows[p] % n_samples for key, p in zip(keys, places)],
+                            device=device)
+        noisy = mode != "hard" and not greedy
+        uniform, normal = (d[mine] for d in draw(seed, number, n_samples, width if noisy else 0, device))
+        for i in range(ROUND):
+            kind = kind_of_phase[live["phase"]]
+            token, x, logp, probs, logits = choose(
+                model, live, forced, uniform[:, i], normal[:, i], mode, greedy, answer_greedy, temperature, noise_std)
+            slot = (live["place"], torch.where(kind == NONE, N, live["age"]))
+            out.tokens[slot], out.kind[slot], out.logp[slot] = token, kind, logp
+            if out.thoughts is not None:
+                out.thoughts[live["place"], torch.where(kind == THOUGHT, live["age"], cot_len)] = x
+            if entropy_every and (i % entropy_every == 0):
+                log_p = logits.log_softmax(-1)
+                out.entropy[slot] = -(log_p.exp() * log_p).sum(-1)
+            if on_step:
+                on_step(kind, token, probs)
+            live |= advance(live, token, watch, forced_len, cot_len, answer_len, eos)
+            columns = torch.arange(cache.length + 1, device=device)
+            live["hidden"] = model(x[:, None], cache, positions=cache.length - live["start"][:, None],
+                                   key_mask=columns >= live["start"][:, None])[:, 0]
+        ages = [age + ROUND for age in ages]
+
+    out.tokens, out.kind, out.logp, out.entropy = (t[:, :N] for t in (out.tokens, out.kind, out.logp, out.entropy))
+    out.thoughts = None if out.thoughts is None else out.thoughts[:, :cot_len]
+    is_forced = out.kind == FORCED
+    out.cot_len, out.length = is_forced.int().argmax(1), (out.kind != NONE).sum(1)
+    out.truncated = is_forced.sum(1) == forced_len[1]
+    out.cots, answers = [], []
+    for t, n, f, end in zip(out.tokens.tolist(), out.cot_len.tolist(), is_forced.sum(1).tolist(), out.length.tolist()):
+        out.cots.append(tokenizer.decode(t[:n]))
+        answers.append(tokenizer.decode(t[n:end]).split("\\boxed{", 1)[-1])
+    out.answers = [read_box(a) for a in answers]
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading, and the command line
+
+def load(path, dtype=torch.float32, device="cpu", prompt_file=None):
+    """A checkpoint directory as (model, tokenizer, notes).
+
+    notes: what train.py saved beside the weights in soft_tokens.json, completed for a model it never
+    saw: {"prompt": the template with {question}, "embedding_rms": of the base model's E, "eos": ids, ...}.
+    """
+    path = Path(path)
+    model = Transformer.from_pretrained(path, dtype, device)
+    try:
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as e:  # the library raises bare Exceptions
+        raise InputError(f"{path / 'tokenizer.json'}: {e}; give a checkpoint that holds a fast tokenizer") from None
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise InputError(f"{path / 'tokenizer.json'}: {tokenizer.get_vocab_size()} tokens, but config.json has "
+                         f"vocab_size {model.config.vocab_size}; use the tokenizer that belongs to the model")
+    notes = read_json(path / "soft_tokens.json") if (path / "soft_tokens.json").exists() else {}
+    notes.setdefault("prompt", PROMPT)
+    if prompt_file:
+        notes["prompt"] = read_prompt(prompt_file)
+    if "embedding_rms" not in notes:  # over real vocabulary rows: padding rows would make it smaller
+        table = model.embed_tokens.weight[:tokenizer.get_vocab_size()]
+        notes["embedding_rms"] = table.detach().float().square().mean().sqrt().item()
+    return model, tokenizer, notes | {"eos": eos_token_ids(path)}
+
+
+def read_prompt(path):
+    """The template in a text file; InputError if it cannot be read or holds no {question}."""
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except OSError as e:
+        raise InputError(f"--prompt_file {path}: {e.strerror}; give a readable text file") from None
+    if "{question}" not in text:
+        raise InputError(f"--prompt_file {path}: the text has no {{question}}; put it where the question belongs")
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, and that knows the flags which all scripts share."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def add_common(self):
+        self.add_argument("--prompt_file", help="text with {question} that replaces the prompt")
+        self.add_argument("--cot_len", type=positive(int), help="budget of the thought, tokens")
+        self.add_argument("--answer_len", type=positive(int), help="budget of the answer, tokens")
+        self.add_argument("--temperature", type=positive(float), help="of the thought; default by mode")
+        self.add_argument("--noise_scale", type=positive(float), help="noise over the RMS of the embeddings")
+        self.add_argument("--seed", type=int, default=0)
+        self.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and activations")
+        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    def run(self, main):
+        """main(args); a user's mistake ends in one line and exit status 2."""
+        try:
+            return main(self.parse_args())
+        except InputError as e:
+            self.error(str(e))
+        except KeyboardInterrupt:
+            self.exit(130, "interrupted\n")
+
+
+def positive(kind):
+    """An argparse type: a number of that kind above 0."""
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be above 0")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def main(args):
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    model, tokenizer, notes = load(args.model, dtype, args.device, args.prompt_file)
+    stream, phases = DecodeStream(skip_special_tokens=False), []
+
+    def show(kind, token, probs):
+        kind, token = kind[0].item(), token[0].item()
+        if kind == NONE:
+            return
+        phases.append(kind)
+        if args.show and kind in (THOUGHT, TOKEN) and FORCED not in phases:
+            weights, ids = probs[0].topk(min(args.show, probs.shape[-1]))
+            top = "  ".join(f"{tokenizer.decode([i])!r} {w:.3f}" for w, i in zip(weights.tolist(), ids.tolist()))
+            print(f"{len(phases):4}  {tokenizer.decode([token])!r:>14}  |  {top}")
+        else:
+            print(stream.step(tokenizer, token) or "", end="", flush=True)
+
+    start = time.perf_counter()
+    out = generate(
+        model, tokenizer, [notes["prompt"].replace("{question}", args.question)], 1, args.mode, greedy=args.greedy,
+        temperature=args.temperature or notes.get("temperature", {}).get(args.mode),
+        noise_std=(args.noise_scale or notes.get("noise_scale", NOISE_SCALE)) * notes["embedding_rms"],
+        cot_len=args.cot_len or notes.get("cot_len", 512), answer_len=args.answer_len or notes.get("answer_len", 32),
+        eos=notes["eos"], seed=(args.seed,), on_step=show)
+    seconds, n = time.perf_counter() - start, int(out.length)
+    print(f"\n\nanswer: {out.answers[0]}" + ("   (the thought was cut at its budget)" if out.truncated[0] else ""))
+    print(f"{n} tokens, {n / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("question")
+    parser.add_argument("--model", required=True, help="checkpoint directory")
+    parser.add_argument("--mode", choices=MODES, default="soft")
+    parser.add_argument("--greedy", action="store_true", help="no noise, no sampling")
+    parser.add_argument("--show", type=positive(int), metavar="K", help="print the K heaviest tokens of each step")
+    parser.add_common()
+    parser.run(main)
