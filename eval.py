@@ -128,14 +128,14 @@ def arithmetic_split(question):
     return {0: "val", 1: "test"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
-def arithmetic_problem(rng):
-    """A random problem with the solution that shows every step."""
-    n = rng.randint(*ARITHMETIC_DIGITS)
+def arithmetic_problem(rng, careless=0.0):
+    """A random problem with a solution that shows every step; at each, a careless writer may read the sign as +."""
     value = rng.randrange(10)
     question, steps = str(value), []
-    for _ in range(n - 1):
+    for _ in range(rng.randint(*ARITHMETIC_DIGITS) - 1):
         sign, digit = rng.choice("+-*"), rng.randrange(10)
-        result = {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
+        read = "+" if rng.random() < careless else sign
+        result = {"+": value + digit, "-": value - digit, "*": value * digit}[read] % 10
         steps.append(f"{value}{sign}{digit}={result}")
         question, value = f"{question}{sign}{digit}", result
     return {"question": question, "answer": str(value), "solution": ";".join(steps)}
@@ -143,8 +143,7 @@ def arithmetic_problem(rng):
 
 def worked_text(problem):
     """A reference solution in the form that the prompt asks for; supervised training imitates it."""
-    thought = f" {problem['solution']}" if problem["solution"] else ""
-    return f"{thought} {STOP} \\boxed{{{problem['answer']}}}."
+    return f" {problem['solution']} {STOP} \\boxed{{{problem['answer']}}}."
 
 
 # --------------------------------------------------------------------------------------------------
@@ -359,7 +358,7 @@ def same_value(a, b, decimals):
     """Whether two numbers agree: exactly if both are rational, else to floating-point precision."""
     if exact(a) and exact(b) and a == b:
         return True
-    if decimals and abs(a - b) < 5e-7:  # one was written out to six places or more
+    if decimals and abs(a - b) < min(5e-7, 2e-6 * abs(b)):  # one was written out to six places or more
         return True
     if exact(a) and exact(b):
         return False

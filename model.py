@@ -394,7 +394,7 @@ class Transformer(nn.Module):
         """
         x = self.embed_tokens(ids)
         if thoughts is not None:  # the stored inputs are constants: no backprop through time (eq. 10)
-            x = torch.where(is_thought[..., None], thoughts.to(x.dtype), x)
+            x = torch.where(is_thought[..., None], thoughts.detach(), x)
         if input_noise is not None:
             x = x + input_noise
         hidden = Transformer.forward(self, x[:, :-1])  # position t - 1 chooses what stands at t

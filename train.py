@@ -42,15 +42,14 @@ PAPER = dict(  # with --model
     data="gsm8k", steps=4000, prompts=2, samples=32, cot_len=128, answer_len=32, lr=6e-6, warmup=20, micro_batch=8,
     eval_every=100, val_size=128, dtype="bfloat16", input_noise=0.0)
 TINY = dict(  # without
-    data="arithmetic", steps=120, prompts=16, samples=16, cot_len=32, answer_len=4, warmup=10, micro_batch=256,
-    eval_every=40, val_size=500, dtype="float32", input_noise=0.0)
-TINY_LR = {"sft": 2e-3, "hard": 3e-4, "soft": 1e-4, "fuzzy": 1e-4}
-TINY_SFT = TINY | dict(steps=600, prompts=128, samples=1, eval_every=600, warmup=50, input_noise=0.7)
+    data="arithmetic", steps=100, prompts=16, samples=16, cot_len=32, answer_len=4, lr=3e-4, warmup=10,
+    micro_batch=256, eval_every=25, val_size=512, dtype="float32", input_noise=0.0)
+TINY_SFT = TINY | dict(steps=900, prompts=64, samples=1, lr=4e-3, warmup=50, eval_every=900, input_noise=0.7)
 TINY_CONFIG = dict(
     model_type="llama", hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
     rope={"rope_type": "default", "rope_theta": 10000.0})
-CARELESS, LUCKY, SLIPS = 0.5, 0.3, 0.03  # how the tiny base's texts are written: see written_problem()
+CARELESS = 0.5  # how often the writers of the tiny base's texts take a sign for a plus
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,25 +115,18 @@ def questions_of_step(problems, step, n, seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# The tiny base: a Llama of 165 thousand parameters that knows single-digit arithmetic
+# The tiny base: a Llama of 150 thousand parameters that knows single-digit arithmetic
 
 def written_problem(rng):
-    """A training problem whose solution is by a careful or a careless writer, as on the web.
+    """A training problem with a solution as the tiny base sees it: by writers who are careful only half of the time.
 
-    The careless half states an answer at once, which is right with probability LUCKY (or by chance); the careful half
-    shows every step and slips in a few of them. So the base is able, and undecided.
+    So the base is able (it knows all the facts) and undecided (it often writes like the careless), which is where a
+    pretrained language model stands too, and what reinforcement learning can change in a minute.
     """
     while True:
-        p = arithmetic_problem(rng)
+        p = arithmetic_problem(rng, CARELESS)
         if arithmetic_split(p["question"]) == "train":
-            break
-    if rng.random() < CARELESS:
-        return p | {"solution": "", "answer": p["answer"] if rng.random() < LUCKY else str(rng.randrange(10))}
-    if rng.random() < SLIPS:
-        steps = p["solution"].split(";")
-        i = rng.randrange(len(steps))
-        return p | {"solution": ";".join(steps[:i] + [steps[i][:-1] + str(rng.randrange(10))] + steps[i + 1:])}
-    return p
+            return p
 
 
 def write_tiny_model(path, seed):
@@ -146,7 +138,7 @@ def write_tiny_model(path, seed):
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<eos>"])
     model = Transformer(Config(**TINY_CONFIG, vocab_size=len(words)))
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(torch.Generator().manual_seed(seed), std=0.06)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     for name, content in (
@@ -237,7 +229,7 @@ def main(args):
     # Configuration
     rank, world = dist_setup(args)
     say = print if rank == 0 else lambda *a, **k: None
-    preset = (TINY_SFT if args.mode == "sft" else TINY) | {"lr": TINY_LR[args.mode]} if args.model is None else PAPER
+    preset = PAPER if args.model else TINY_SFT if args.mode == "sft" else TINY
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -352,7 +344,7 @@ def main(args):
         clock = time.perf_counter()
         total_len = (rollout.length + rollout.prompt_len).tolist()
         rows = sorted(shares[rank], key=lambda row: total_len[row - mine.start])
-        drifts = []
+        drifts, total_loss = [], 0.0
         for i in range(n_micro):
             part = rows[i * args.micro_batch:(i + 1) * args.micro_batch]
             local = torch.tensor(part or [mine.start], device=args.device) - mine.start
@@ -363,8 +355,9 @@ def main(args):
                 model.set_requires_gradient_sync(i == n_micro - 1)
             loss, logp = model.log_prob(
                 ids, thoughts, kind == THOUGHT, w, torch.where(in_cot, args.temperature or 1.0, 1.0), noise_std,
-                embedding_noise(ids, model, args, (args.seed, step, rank, i)) if args.input_noise else None)
+                embedding_noise(ids, model, args, step, (args.seed, step, rank, i)) if args.input_noise else None)
             (loss * world).backward()  # FSDP takes the mean over ranks
+            total_loss += loss.item()
             if args.mode != "sft":
                 drifts.append((logp - sampled_logp)[w != 0].abs())
 
@@ -385,7 +378,7 @@ def main(args):
         # 6. Log
         mean = dict(zip(STATS, stats.nanmean(0).tolist()))
         drift = torch.cat(drifts) if drifts else torch.zeros(1)
-        line = {"step": step, "reward": mean["reward"], "accuracy": mean["correct"], "truncated": mean["truncated"],
+        line = {"step": step, "loss": total_loss, "reward": mean["reward"], "accuracy": mean["correct"], "truncated": mean["truncated"],
                 "unparsed": mean["unparsed"], "zero_advantage": (weight.view(-1, G) == 0).all(1).double().mean().item(),
                 "cot_len": mean["cot_len"], "eos_in_cot": mean["eos"], "entropy": mean["entropy"],
                 "delta_logp": drift.mean().item(), "delta_logp_max": drift.max().item() if drift.numel() else 0.0,
@@ -424,15 +417,17 @@ STATS = ("tokens", "reward", "correct", "unparsed", "truncated", "cot_len", "ent
 ENTROPY_EVERY = 8  # slots between two measurements of the entropy: it costs a pass over the vocabulary
 
 
-def embedding_noise(ids, model, args, seed):
+def embedding_noise(ids, model, args, step, seed):
     """Gaussian noise for the input embeddings (b, T, D), of a random scale per row up to --input_noise times their RMS.
 
-    Small models that never met noise do not survive soft tokens; this is NEFTune (arXiv 2310.05914), Gaussian.
+    Small models that never met noise do not survive soft tokens; this is NEFTune (arXiv 2310.05914), Gaussian. It grows
+    over the second half of the steps: facts are learnt first.
     """
     generator = torch.Generator(args.device).manual_seed(hash(seed) % 2 ** 32)
     table = model.embed_tokens.weight.detach()
     table = table.full_tensor() if hasattr(table, "full_tensor") else table
-    scale = torch.rand(len(ids), 1, 1, generator=generator, device=args.device) * args.input_noise
+    scale = torch.rand(len(ids), 1, 1, generator=generator, device=args.device)
+    scale *= args.input_noise * max(0.0, 2 * step / args.steps - 1)
     noise = torch.randn(*ids.shape, table.shape[1], generator=generator, device=args.device)
     return (scale * table.float().square().mean().sqrt() * noise).to(getattr(torch, args.dtype))
 

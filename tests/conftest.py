@@ -1,0 +1,59 @@
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = ROOT.parent / "shared"  # real benchmark files, where there are any
+
+from model import Config, Transformer  # noqa: E402
+from sample import load  # noqa: E402
+from train import write_tiny_model  # noqa: E402
+
+
+def random_config(**changes):
+    """A small configuration; tests change what they are about."""
+    values = dict(model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+                  rope={"rope_type": "default", "rope_theta": 10000.0})
+    return Config(**values | changes)
+
+
+def random_model(seed=0, std=0.3, **changes):
+    """A small random model with weights large enough that its distributions are far from uniform."""
+    model = Transformer(random_config(**changes))
+    model.init_weights(torch.Generator().manual_seed(seed), std=std)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory):
+    """The checkpoint directory of an untrained tiny model, as train.py makes it."""
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(path, seed=0)
+    return path
+
+
+@pytest.fixture()
+def tiny(tiny_dir):
+    """(model, tokenizer, notes) of the tiny model, with larger random weights than it starts with."""
+    model, tokenizer, notes = load(tiny_dir)
+    model.init_weights(torch.Generator().manual_seed(1), std=0.12)
+    return model, tokenizer, notes
+
+
+def script(*args, cwd=ROOT, env=None, timeout=300):
+    """Run a script of the repository as a user would; returns the finished process with its text output."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, env=env, text=True,
+                          capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture()
+def rng():
+    return random.Random(0)

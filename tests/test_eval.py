@@ -1,0 +1,223 @@
+"""eval.py: the verifier, pass@k, the tasks; and what evaluate() counts."""
+import hashlib
+import itertools
+import json
+import time
+import urllib.request
+
+import pytest
+from conftest import SHARED
+
+import eval as evaluation
+from eval import (SETTINGS, arithmetic_split, download, evaluate, judge, load_problems, pass_at_k, read_problem,
+                  settings_of, verify, worked_text)
+from model import InputError
+
+EQUAL = [  # candidate, gold
+    ("42", "42"), (" 42 ", "42"), ("42.", "42"), ("42.0", "42"), ("+7", "7"), ("-3", "-3.00"), ("−3", "-3"),
+    ("1,234", "1234"), ("1,234,567.5", "1234567.5"), ("1{,}234", "1234"), (r"11,\! 111,\! 111", "11111111"),
+    ("-1,000", "-1000"), ("$18", "18"), (r"\$18", "18"), ("$18.00", "18"), ("18 dollars", "18"), (r"18\text{ dollars}", "18"),
+    ("12 cm", "12"), (r"12\text{ cm}^2", "12"), (r"12\,\mathrm{cm}", "12"), (r"90^\circ", "90"), ("90°", "90"),
+    (r"90^{\circ}", "90"), ("5 square inches", "5"), (r"50\%", "50"), (r"50\%", "0.5"), ("50%", r"50\%"),
+    (r"\frac{1}{2}", "0.5"), (r"\frac12", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "1/2"), (r"\tfrac{3}{4}", "0.75"),
+    (r"\frac1{72}", r"\frac{1}{72}"), ("2/4", "1/2"), (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"\frac{-1}{-2}", "0.5"),
+    (r"1\frac{1}{2}", "1.5"), ("1 1/2", "3/2"), (r"3\frac{3}{4}", r"\frac{15}{4}"), ("0.333333", r"\frac{1}{3}"),
+    (r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt2", r"\sqrt{2}"), (r"\sqrt[3]{27}", "3"), (r"\sqrt[3]{-8}", "-2"),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), (r"\sqrt{\frac{1}{4}}", "0.5"), ("2^{10}", "1024"), ("2^10", "1024"),
+    (r"\pi/2", r"\frac{\pi}{2}"), (r"2\pi", r"\pi \cdot 2"), ("2π", r"2\pi"), (r"3.1415926535", r"\pi"),
+    (r"5!", "120"), (r"\binom{5}{2}", "10"), ("|-3|", "3"), (r"2 \times 3", "6"), (r"6 \div 3", "2"), ("-2^2", "-4"),
+    (r"\sin(\frac{\pi}{6})", "0.5"), (r"\log 100", "2"), (r"\cos^2 1 + \sin^2 1", "1"), ("3+4i", "4i+3"), ("(1+i)^2", "2i"),
+    ("x=5", "5"), ("5", "x = 5"), ("x = 5", "x=5"), ("y=2x+3", "2x+3"), ("f(x) = x^2", "x^2"), (r"x \in [0,1]", "[0,1]"),
+    ("(x+1)^2", "x^2+2x+1"), ("2x+3y", "3y + 2x"), (r"\frac{x}{2}", "0.5x"), ("x(x-1)", "x^2-x"), ("ab", "ba"),
+    (r"\frac{x^2-1}{x-1}", "x+1"), ("2x+3y=6", "y=2-2x/3"), ("x^2+y^2=1", "1=x^2+y^2"), (r"a_{1}+a_2", "a_2+a_1"),
+    ("(1,2)", r"\left(1, 2\right)"), (r"(\frac{1}{2}, 3)", "(0.5,3)"), ("[0,1)", r"\left[0,1\right)"),
+    (r"(-\infty, 2]", r"(-\infty,2]"), (r"(0,1)\cup(2,3)", r"(2,3) \cup (0,1)"), (r"\{1,2\}", r"\{2,1\}"),
+    ("1, 2", "2, 1"), ("2,1", r"\{1,2\}"), (r"\left\{1,2\right\}", r"\{1,2\}"), (r"1 \text{ and } 2", "1,2"),
+    (r"2, 3, \text{ and } 4", "4, 3, 2"), (r"\pm 3", "3, -3"), (r"1 \pm \sqrt{2}", r"1+\sqrt{2}, 1-\sqrt{2}"),
+    ("x < 5", "5 > x"), (r"x \le 5", r"x \leq 5"), (r"1 < x < 2", r"1<x<2"), (r"x \ge \frac12", r"x \geq 0.5"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\begin{pmatrix} 1/2 & 0 \\ 0 & 1 \end{pmatrix}", r"\begin{pmatrix} 0.5 & 0 \\ 0 & 1 \end{pmatrix}"),
+    (r"\text{Friday}", "friday"), ("Friday", r"\text{Friday}"), (r"\text{(A)}", "A"), ("(B)", "B"), (r"52_8", r"52_{8}"),
+    (r"\displaystyle\frac{3}{4}", "0.75"), ("7 ", "$7$"), ("1e", "e"), ("10,000 km", "10000"), (r"\text{even}", "even"),
+]
+DIFFERENT = [
+    ("42", "43"), ("", "1"), (" ", "1"), ("-3", "3"), ("1/2", "2"), ("0.33", r"\frac{1}{3}"), ("3.14", r"\pi"),
+    ("1,234", "1235"), (r"\frac{1}{2}", r"\frac{1}{3}"), (r"\sqrt{2}", "1.41"), (r"\sqrt{2}", r"\sqrt{3}"), ("2^3", "3^2"),
+    ("(1,2)", "(2,1)"), ("[0,1)", "[0,1]"), ("(0,1)", "[0,1]"), ("(1,2)", r"\{1,2\}"), (r"\{1,2\}", r"\{1,3\}"),
+    ("1,2", "1"), ("1", "1,2"), ("1,2,3", "1,2"), (r"(0,1)\cup(2,3)", r"(0,1)\cup(2,4)"), (r"(0,1)", r"(0,1)\cup(2,3)"),
+    ("x+1", "x+2"), ("x", "y"), ("2x", "x^2"), ("x=5", "6"), ("x<5", "x>5"), ("x<5", "x<=5"), (r"\pm 3", "3"),
+    ("2x+3y=6", "2x+3y=7"), ("x^2+y^2=1", "x^2-y^2=1"), (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(1,2)"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}"), ("Friday", "Monday"),
+    ("52_8", "52_9"), ("52_8", "52"), ("50%", "5"), ("[answer]", "5"), ("infinite", "5"), ("0.1", "0.01"),
+    ("100000", "100001"), ("123456789", "123456788"), ("0.0000001", "0.0000002"), ("A", "B"), ("i", "1"),
+]
+HOSTILE = [
+    "9" * 5000, "2^{9999999999}", "2^2^2^2^2^2^2", "9!!!!!!!!", "(" * 3000, "{" * 390, r"\frac{" * 60, "((((((" * 60,
+    "-" * 399, "x^{x^{x^{x^{x^{9}}}}}", r"\sqrt{" * 50, ",".join("1" * 190), "1" + ",000" * 99, "a" * 399, "= = = =",
+    "1 " * 199, "\\" * 399, r"\binom{200}{100}^{99}", "|" * 399, "\x00\x01", "𝟘𝟙٣", "1/0", "0^{-1}", r"\log 0", "^", "}{",
+    r"10^{300}\cdot10^{300}", r"\text{" * 80, "__import__('os').system('true')", "9**9**9**9", "1" + "e9" * 99,
+    r"\cup" * 90, "&" * 300, r"\pm" * 100, ("1\\pm" * 60), "{a" * 150 + "}" * 150, "$" * 300, "%" * 300, "x_" * 150,
+]
+
+
+@pytest.mark.parametrize("candidate, gold", EQUAL)
+def test_verifier_accepts_equal_answers(candidate, gold):
+    assert verify(candidate, gold) and verify(gold, candidate)
+
+
+@pytest.mark.parametrize("candidate, gold", DIFFERENT)
+def test_verifier_rejects_different_answers(candidate, gold):
+    assert not verify(candidate, gold) and not verify(gold, candidate)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("gold", ["5", r"\frac{x^2}{3}", "(1,2)", r"\{1,2,3,4\}"])
+def test_verifier_is_never_right_slow_or_raising_on_hostile_input(text, gold):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert not verify(text, gold) and not verify(gold, text)
+        times.append((time.perf_counter() - start) / 2)
+    assert min(times) < 0.05
+
+
+def test_verifier_counts_what_it_cannot_read_as_error():
+    assert judge("((", "5") == "error"
+    assert judge("4", "5") == "wrong"
+
+
+def test_every_gold_answer_of_math_equals_itself_and_not_the_next():
+    file = SHARED / "data" / "math500.jsonl"
+    if not file.exists():
+        pytest.skip("MATH-500 is not here")
+    golds = [json.loads(line)["answer"] for line in file.read_text().splitlines()]
+    assert all(verify(g, g) for g in golds)
+    start = time.perf_counter()
+    accepted = sum(verify(a, b) for a, b in itertools.pairwise(golds) if a != b)
+    assert accepted <= 2 and (time.perf_counter() - start) / len(golds) < 0.005
+
+
+def test_math_verify_agrees_where_it_is_installed():
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    assert judge(r"\frac{1}{2}", "0.5", "math-verify") == "correct"
+    assert judge("3", "4", "math-verify") == "wrong"
+
+
+# pass@k
+
+def test_pass_at_k_equals_brute_force_over_all_subsets():
+    for n, c in itertools.product(range(1, 7), repeat=2):
+        if c > n:
+            continue
+        outcomes = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations(outcomes, k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_evaluate_counts_verdicts_and_samples(tiny, monkeypatch):
+    model, tokenizer, notes = tiny
+    problems = load_problems("arithmetic", "val", 5)
+    answers = iter(["correct", "wrong", "correct", "error", "correct"] * 4)
+    monkeypatch.setattr(evaluation, "judge", lambda *a: next(answers))
+    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: fake_rollout(a[2], a[3]))
+    result, samples = evaluate(model, tokenizer, notes, problems, "hard_sample", 4, cot_len=4, answer_len=2)
+    assert len(samples) == 20 and result["n_samples"] == 4 and result["n_problems"] == 5
+    assert result["pass@1"] == pytest.approx(12 / 20)
+    assert result["errors"] == pytest.approx(4 / 20)
+    assert set(result) >= {"pass@1", "pass@2", "pass@4", "truncated", "unparsed", "cot_len", "tokens_per_s"}
+
+
+def fake_rollout(prompts, n):
+    import torch
+    from sample import Rollout
+    R = len(prompts) * n
+    one = torch.ones(R, dtype=torch.long)
+    return Rollout(None, None, None, None, None, None, None, cot_len=one, length=one, truncated=one.bool(),
+                   cots=["t"] * R, answers=["1"] * R)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_each_setting_runs_and_greedy_ones_take_one_sample(tiny, setting):
+    model, tokenizer, notes = tiny
+    result, samples = evaluate(model, tokenizer, notes, load_problems("arithmetic", "val", 3), setting, 4, cot_len=5,
+                               answer_len=2)
+    assert len(samples) == (3 if setting.endswith("greedy") else 12)
+    assert ("pass@4" in result) == setting.endswith("sample")
+
+
+def test_settings_are_parsed_and_refused():
+    assert settings_of("all") == SETTINGS and settings_of("soft_greedy") == ["soft_greedy"]
+    with pytest.raises(InputError, match="--settings hard"):
+        settings_of("hard")
+
+
+# Tasks
+
+def test_arithmetic_solutions_are_right_and_splits_disjoint():
+    splits = {split: load_problems("arithmetic", split, 300) for split in ("train", "val", "test")}
+    seen = set()
+    for split, problems in splits.items():
+        for p in problems:
+            value = int(p["question"][0])
+            for sign, digit in itertools.batched(p["question"][1:], 2) if hasattr(itertools, "batched") else zip(
+                    p["question"][1::2], p["question"][2::2]):
+                value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[sign] % 10
+            assert p["answer"] == str(value) == p["solution"][-1]
+            assert p["solution"].count("=") == len(p["question"]) // 2
+            assert arithmetic_split(p["question"]) == split
+        assert len({p["question"] for p in problems}) == 300
+        assert not seen & {p["question"] for p in problems}
+        seen |= {p["question"] for p in problems}
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"question": " Q ", "answer": "So <<1+1=2>>2.\n#### 2"}, ("Q", "2", "So 2.")),
+    ({"problem": "P", "answer": "\\frac12", "solution": "by halving"}, ("P", "\\frac12", "by halving")),
+    ({"input": "I", "target": 43.0}, ("I", "43.0", "")),
+])
+def test_problem_lines_of_the_public_files_are_read(row, expected):
+    p = read_problem(json.dumps(row), "here:1")
+    assert (p["question"], p["answer"], p["solution"]) == expected
+
+
+@pytest.mark.parametrize("line", ["", "nonsense", "[1]", "3", '{"question": "Q"}', '{"answer": "A"}', '{"question"'])
+def test_bad_problem_line_is_named(line):
+    with pytest.raises(InputError, match="file:7"):
+        read_problem(line, "file:7")
+
+
+def test_worked_text_has_the_form_of_the_prompt():
+    assert worked_text({"solution": "1+1=2", "answer": "2"}) == " 1+1=2 The final answer is: \\boxed{2}."
+
+
+@pytest.mark.parametrize("file, rows", [("gsm8k_test", 1319), ("math500", 500), ("mawps", 2065), ("math_train", 7498)])
+def test_real_files_are_read_whole(file, rows):
+    path = SHARED / "data" / f"{file}.jsonl"
+    if not path.exists():
+        pytest.skip("the benchmark files are not here")
+    problems = load_problems(str(path), "test")
+    assert len(problems) == rows and all(p["question"] and p["answer"] for p in problems)
+    for (task, split), (name, _, sha256) in evaluation.FILES.items():
+        if name == path.name and sha256:
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def test_download_is_complete_or_not_at_all(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 1000)
+    good = hashlib.sha256(b"x" * 1000).hexdigest()
+    download(source.as_uri(), tmp_path / "data" / "file.jsonl", good)
+    assert (tmp_path / "data" / "file.jsonl").read_bytes() == b"x" * 1000
+    with pytest.raises(InputError, match="SHA-256"):
+        download(source.as_uri(), tmp_path / "data" / "other.jsonl", "0" * 64)
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["file.jsonl"]
+
+
+def test_offline_machine_is_told_the_address_and_the_place(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    with pytest.raises(InputError, match=r"data/gsm8k_test.jsonl: cannot download https://\S+/test.jsonl"):
+        load_problems("gsm8k", "test")

@@ -1,0 +1,208 @@
+"""The scripts as a user runs them: at toy size, with mistakes, on one process and on two."""
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, script
+from safetensors.torch import load_file
+
+from sample import load
+from train import write_tiny_model
+
+TOY = ["--steps", 3, "--prompts", 2, "--samples", 4, "--val_size", 6, "--cot_len", 10, "--answer_len", 3, "--lr", 1e-3,
+       "--eval_every", 2, "--data", "arithmetic", "--dtype", "float32", "--micro_batch", 3, "--warmup", 1]
+FIELDS = {"step", "reward", "accuracy", "truncated", "unparsed", "zero_advantage", "cot_len", "entropy", "delta_logp",
+          "grad_norm", "lr", "generate_s", "train_s", "tokens_per_s", "peak_gb"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny base after a few supervised steps, trained by the script itself."""
+    path = tmp_path_factory.mktemp("base")
+    done = script("train.py", "--mode", "sft", "--steps", 40, "--val_size", 6, "--out", path)
+    assert done.returncode == 0, done.stderr
+    assert "step 40: hard_greedy" in done.stdout
+    losses = [json.loads(line)["loss"] for line in (path / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 40 and losses[-1] < 0.7 * losses[0]
+    return path / "best"
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft", "fuzzy"])
+def test_train_writes_log_summary_and_checkpoints(mode, base, tmp_path):
+    out = tmp_path / "a folder with spaces"
+    done = script("train.py", "--mode", mode, "--model", base, "--out", out, *TOY)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2] and all(FIELDS <= line.keys() for line in lines)
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert all(line["delta_logp"] < 1e-2 for line in lines)
+    summary = json.loads((out / "summary.json").read_text())
+    own = {f"{mode}_greedy", "hard_greedy"}
+    assert set(summary["base"]) == set(summary["final"]) == own
+    assert (out / "last" / "model.safetensors").exists()
+    before, after = (load_file(p / "model.safetensors") for p in (base, out / "last"))
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    _, _, notes = load(summary["checkpoint"])
+    assert json.loads((out / "best" / "args.json").read_text())["mode"] == mode
+    assert notes["embedding_rms"] == pytest.approx(load(base)[2]["embedding_rms"])  # measured once, on the base
+
+
+def test_hard_tokens_make_no_difference_to_which_rows_run_in_a_micro_batch(base, tmp_path):
+    weights = []
+    for size in (1, 8):
+        flags = [size if f == 3 and TOY[i - 1] == "--micro_batch" else f for i, f in enumerate(TOY)]
+        done = script("train.py", "--mode", "soft", "--model", base, "--out", tmp_path / str(size), *flags)
+        assert done.returncode == 0, done.stderr
+        weights.append(load_file(tmp_path / str(size) / "last" / "model.safetensors"))
+    for k in weights[0]:
+        torch.testing.assert_close(weights[0][k], weights[1][k], atol=2e-4, rtol=0)
+
+
+def test_two_ranks_equal_one_rank(base, tmp_path):
+    """Three groups of three on two ranks: the middle group is split between them."""
+    flags = [3 if TOY[i - 1] == "--prompts" else 3 if TOY[i - 1] == "--samples" else f for i, f in enumerate(TOY) if i >= 0]
+    one = script("train.py", "--mode", "soft", "--model", base, "--out", tmp_path / "one", *flags)
+    assert one.returncode == 0, one.stderr
+    two = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
+         "--mode", "soft", "--model", str(base), "--out", str(tmp_path / "two"), *map(str, flags)],
+        text=True, capture_output=True, timeout=200, env=dict(__import__("os").environ, OMP_NUM_THREADS="1"))
+    assert two.returncode == 0, two.stderr
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 3 and any(line["grad_norm"] > 0 for line in logs[0])
+    for a, b in zip(*logs):
+        for field in ("reward", "accuracy", "cot_len", "zero_advantage", "lr"):
+            assert a[field] == pytest.approx(b[field]), field
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    first, second = (load_file(tmp_path / n / "last" / "model.safetensors") for n in ("one", "two"))
+    for k in first:
+        torch.testing.assert_close(first[k], second[k], atol=2e-4, rtol=0)
+
+
+def test_interrupt_saves_and_exits_cleanly(base, tmp_path):
+    flags = ["100000" if TOY[i - 1] == "--steps" else str(f) for i, f in enumerate(TOY)]
+    flags[flags.index("--eval_every") + 1] = "100000"
+    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--mode", "soft", "--model", str(base), "--out",
+                            str(tmp_path), *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "log.jsonl"
+    for _ in range(600):
+        time.sleep(0.1)
+        if log.exists() and log.read_text().count("\n") >= 2:
+            break
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 0
+    assert (tmp_path / "last" / "model.safetensors").exists() and (tmp_path / "summary.json").exists()
+
+
+def test_sample_prints_thought_answer_and_the_heaviest_tokens(base):
+    plain = script("sample.py", "--model", base, "--mode", "soft", "--cot_len", 8, "3+4*2")
+    assert plain.returncode == 0 and "answer: " in plain.stdout and "tokens/s" in plain.stderr
+    assert "\\boxed{" in plain.stdout
+    shown = script("sample.py", "--model", base, "--mode", "soft", "--greedy", "--show", 3, "--cot_len", 8, "3+4*2")
+    first = next(line for line in shown.stdout.splitlines() if line.strip().startswith("1 "))
+    weights = [float(w) for w in first.split("|")[1].split()[1::2]] if "' '" not in first else []
+    assert shown.returncode == 0 and weights == sorted(weights, reverse=True)
+    again = script("sample.py", "--model", base, "--mode", "soft", "--cot_len", 8, "3+4*2")
+    other = script("sample.py", "--model", base, "--mode", "soft", "--cot_len", 8, "--seed", 9, "3+4*2")
+    assert again.stdout == plain.stdout and other.returncode == 0
+
+
+def test_eval_prints_a_table_and_writes_json(base, tmp_path):
+    done = script("eval.py", "--model", base, "--settings", "all", "--samples", 4, "--limit", 5, "--cot_len", 8, "--out",
+                  tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert len(results) == 6 and {"pass@1", "pass@4"} <= results["soft_sample"].keys()
+    assert all(name in done.stdout for name in results)
+
+
+def test_prompt_file_replaces_the_prompt_and_is_saved(base, tmp_path):
+    (tmp_path / "prompt.txt").write_text("User: 1+1 Assistant: 1+1=2 User: {question} Assistant:")
+    done = script("train.py", "--mode", "hard", "--model", base, "--out", tmp_path, "--prompt_file",
+                  tmp_path / "prompt.txt", *TOY)
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path / "best")[2]["prompt"].startswith("User: 1+1 Assistant:")
+    done = script("eval.py", "--model", base, "--prompt_file", tmp_path / "prompt.txt", "--limit", 2, "--cot_len", 4)
+    assert done.returncode == 0, done.stderr
+
+
+def test_supervised_training_on_a_file_with_solutions(base, tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(
+        {"question": f"{i}+1", "answer": f"{i}+1={i + 1}\n#### {i + 1}"}) + "\n" for i in range(9)))
+    done = script("train.py", "--mode", "sft", "--model", base, "--out", tmp_path / "out", "--steps", 2, "--val_size", 3,
+                  "--data", tmp_path / "d.jsonl", "--cot_len", 8, "--answer_len", 2, "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+
+
+def test_real_benchmark_file_trains(base, tmp_path):
+    file = SHARED / "data" / "mawps.jsonl"
+    if not file.exists():
+        pytest.skip("the benchmark files are not here")
+    long = tmp_path / "long"  # the tiny model with a context for word problems
+    write_tiny_model(long, 0)
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    flags = [file if f == "arithmetic" else f for f in TOY]
+    done = script("train.py", "--mode", "fuzzy", "--model", long, "--out", tmp_path / "out", *flags)
+    assert done.returncode == 0, done.stderr
+
+
+BAD = {
+    "model that does not exist": (["train.py", "--model", "nowhere"], "nowhere"),
+    "directory without config": (["sample.py", "--model", "{tmp}", "1+1"], "config.json"),
+    "unsupported architecture": (["eval.py", "--model", "{tmp}/gpt2"], "gpt2"),
+    "one sample": (["train.py", "--model", "{base}", "--samples", "1"], "--samples 1"),
+    "negative learning rate": (["train.py", "--lr", "-1"], "--lr"),
+    "no steps": (["train.py", "--steps", "0"], "--steps"),
+    "unknown mode": (["train.py", "--mode", "loud"], "--mode"),
+    "unknown task": (["train.py", "--model", "{base}", "--data", "nonsense"], "--data nonsense"),
+    "data without an answer": (["train.py", "--model", "{base}", "--data", "{tmp}/no_answer.jsonl"], "no_answer.jsonl:2"),
+    "data that is not JSON": (["eval.py", "--model", "{base}", "--data", "{tmp}/broken.jsonl"], "broken.jsonl:1"),
+    "empty data": (["eval.py", "--model", "{base}", "--data", "{tmp}/empty.jsonl"], "empty.jsonl"),
+    "data file that does not exist": (["eval.py", "--model", "{base}", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "prompt longer than the context": (["sample.py", "--model", "{base}", "1" * 300], "context of 256"),
+    "question of the data longer than the context": (
+        ["train.py", "--model", "{base}", "--data", "{tmp}/long.jsonl", "--val_size", "1"], "context of 256"),
+    "unknown setting": (["eval.py", "--model", "{base}", "--settings", "soft"], "--settings soft"),
+    "prompt file without a question": (["eval.py", "--model", "{base}", "--prompt_file", "{tmp}/empty.jsonl"], "{question}"),
+    "prompt file that does not exist": (["eval.py", "--model", "{base}", "--prompt_file", "nowhere"], "--prompt_file"),
+    "no solutions to imitate": (
+        ["train.py", "--mode", "sft", "--model", "{base}", "--data", "{tmp}/plain.jsonl", "--val_size", "1"], "solutions"),
+    "more validation problems than problems": (["train.py", "--model", "{base}", "--data", "{tmp}/plain.jsonl"], "--val_size"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("mistakes")
+    (tmp / "gpt2").mkdir()
+    (tmp / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp / "no_answer.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "1+2"}\n')
+    (tmp / "broken.jsonl").write_text("question: 1+1\n")
+    (tmp / "empty.jsonl").write_text("\n")
+    (tmp / "long.jsonl").write_text(json.dumps({"question": "1" * 300, "answer": "2"}) + "\n" + json.dumps(
+        {"question": "1" * 301, "answer": "2"}) + "\n")
+    (tmp / "plain.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "1+2", "answer": "3"}\n')
+    return tmp
+
+
+def test_mistakes_end_in_one_line_that_names_them(base, mistakes):
+    """All at once, two at a time: starting Python costs more than the checks."""
+    queue, running = list(BAD.items()), []
+    while queue or running:
+        while queue and len(running) < 2:
+            name, (args, expected) = queue.pop()
+            command = [a.replace("{tmp}", str(mistakes)).replace("{base}", str(base)) for a in args]
+            running.append((name, expected, subprocess.Popen(
+                [sys.executable, str(ROOT / command[0]), *command[1:]], cwd=mistakes, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, text=True)))
+        name, expected, process = running.pop(0)
+        stderr = process.communicate(timeout=120)[1]
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        assert process.returncode == 2, (name, stderr)
+        assert len(lines) == 1 and expected in lines[0] and "Traceback" not in stderr, (name, stderr)

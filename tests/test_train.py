@@ -1,0 +1,315 @@
+"""train.py: the reward, the advantage, what is scored, and that the gradient is the policy gradient."""
+import itertools
+import json
+import math
+import random
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+
+from eval import load_problems
+from model import InputError, Transformer
+from sample import MODES, NONE, THOUGHT, TOKEN, generate, load
+from train import (distribute, learning_rate, pack, questions_of_step, reference_rollout, reward, rloo, save_checkpoint,
+                   written_problem)
+
+PROMPTS = ["User: 3+4*2 Assistant:", "User: 7-9 Assistant:"]
+
+
+def test_reward_is_100_10_or_0():
+    assert reward("\\frac{1}{2}", "0.5") == 100 and reward("3", "0.5") == 10 and reward(None, "0.5") == 0
+    assert reward("", "0.5") == 10
+
+
+def test_rloo_equals_the_hand_worked_table():
+    rewards = torch.tensor([[100.0, 10.0, 10.0, 0.0], [10.0, 10.0, 10.0, 10.0]])
+    # row 0: 100 - 20/3, 10 - 110/3, the same, 0 - 120/3
+    expected = torch.tensor([[100 - 20 / 3, 10 - 110 / 3, 10 - 110 / 3, -40.0], [0, 0, 0, 0]])
+    torch.testing.assert_close(rloo(rewards), expected)
+
+
+def test_rloo_baseline_leaves_the_sample_itself_out():
+    a = rloo(torch.tensor([[5.0, 1.0, 2.0]]))
+    b = rloo(torch.tensor([[9.0, 1.0, 2.0]]))
+    assert b[0, 0] - a[0, 0] == 4  # the baseline of a sample does not depend on its own reward
+
+
+# What is scored is what was sampled
+
+def rollout_of(tiny, mode, **changes):
+    model, tokenizer, _ = tiny
+    options = dict(cot_len=7, answer_len=3, eos=[1], noise_std=0.1, answer_greedy=False, store_thoughts=True, seed=(4,))
+    return generate(model, tokenizer, PROMPTS, 6, mode, **options | changes)
+
+
+def score(model, rollout, rows, weight=1.0, tau=1.0, noise_std=0.1):
+    ids, thoughts, kind, in_cot, sampled = pack(rollout, torch.tensor(rows))
+    w = ((kind == TOKEN) | (kind == THOUGHT)) * weight * torch.ones(len(rows), 1)
+    loss, logp = model.log_prob(ids, thoughts, kind == THOUGHT, w, torch.where(in_cot, tau, 1.0), noise_std)
+    return loss, logp, sampled, w != 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_log_prob_at_sampling_equals_log_prob_in_training(tiny, mode):
+    with torch.no_grad():
+        tiny[0].norm.weight.mul_(5)  # at tau = 0.0001 a near-tie magnifies rounding; decided logits have none
+    rollout = rollout_of(tiny, mode)
+    for rows in ([*range(12)], [3], [11, 0, 5]):  # any padding, any micro-batch
+        _, logp, sampled, chosen = score(tiny[0], rollout, rows, tau=MODES[mode])
+        assert chosen.sum() > 4 * len(rows)
+        torch.testing.assert_close(logp[chosen], sampled[chosen], atol=1e-4, rtol=1e-4)
+
+
+def test_log_prob_at_sampling_equals_training_at_another_temperature(tiny):
+    rollout = rollout_of(tiny, "hard", temperature=0.7)
+    _, logp, sampled, chosen = score(tiny[0], rollout, [*range(12)], tau=0.7)
+    torch.testing.assert_close(logp[chosen], sampled[chosen], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(score(tiny[0], rollout, [*range(12)])[1], logp, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_action_is_scored_as_it_was_fed(tiny, mode):
+    tiny[0].to(torch.bfloat16)
+    rollout = rollout_of(tiny, mode)
+    assert rollout.thoughts is None or rollout.thoughts.dtype == torch.bfloat16
+    _, logp, sampled, chosen = score(tiny[0], rollout, [*range(12)], tau=MODES[mode])
+    assert (logp - sampled)[chosen].abs().median() < 0.1
+
+
+def test_pack_puts_prompt_and_slots_without_a_gap(tiny):
+    rollout = rollout_of(tiny, "soft")
+    ids, thoughts, kind, in_cot, _ = pack(rollout, torch.tensor([7, 2]))
+    for i, r in enumerate((7, 2)):
+        p, n, c = int(rollout.prompt_len[r]), int(rollout.length[r]), int(rollout.cot_len[r])
+        prompt = tiny[1].encode(PROMPTS[r // 6]).ids
+        assert ids[i, :p].tolist() == prompt and len(prompt) == p
+        assert torch.equal(ids[i, p:p + n], rollout.tokens[r, :n])
+        assert torch.equal(kind[i, p:p + n], rollout.kind[r, :n])
+        assert (kind[i, :p] == NONE).all() and (kind[i, p + n:] == NONE).all()
+        assert torch.equal(thoughts[i, p:p + c], rollout.thoughts[r, :c])
+        assert in_cot[i].nonzero()[:, 0].tolist() == [*range(p, p + c)]
+
+
+def test_prefilled_tokens_have_no_weight_and_the_last_token_has(tiny):
+    rollout = rollout_of(tiny, "hard")
+    _, logp, _, chosen = score(tiny[0], rollout, [*range(12)])
+    for r in range(12):
+        p, c, n = int(rollout.prompt_len[r]), int(rollout.cot_len[r]), int(rollout.length[r])
+        forced = int((rollout.kind[r] == 3).sum())
+        assert forced and not chosen[r, p + c:p + c + forced].any() and (logp[r, p + c:p + c + forced] == 0).all()
+        assert chosen[r, p + n - 1] and logp[r, p + n - 1] < 0  # the token that ended the answer
+
+
+def test_end_of_sequence_token_gets_gradient(tiny):
+    model, tokenizer, notes = tiny
+    rollout = reference_rollout([{"question": "1+1", "answer": "2", "solution": "1+1=2"}], tokenizer, notes, "cpu")
+    assert rollout.tokens[0, -1] == notes["eos"][0]
+    _, logp, _, chosen = score(model, rollout, [0])
+    assert chosen[0, -1] and logp[0, -1] < 0
+
+
+def test_supervised_loss_is_the_cross_entropy_of_the_solution(tiny):
+    model, tokenizer, notes = tiny
+    problems = [{"question": "1+1", "answer": "2", "solution": "1+1=2"}, {"question": "1+1*3", "answer": "6", "solution": "1"}]
+    rollout = reference_rollout(problems, tokenizer, notes, "cpu")
+    n = int(rollout.length.sum())
+    loss, *_ = score(model, rollout, [0, 1], weight=-1 / n)
+    total = 0.0
+    for p in problems:
+        prompt = tokenizer.encode(f"User: {p['question']} Assistant:").ids
+        text = tokenizer.encode(f" {p['solution']} The final answer is: \\boxed{{{p['answer']}}}.").ids + notes["eos"]
+        logits = model.logits(model(torch.tensor([prompt + text])))[0, len(prompt) - 1:-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(text), reduction="sum")
+    torch.testing.assert_close(loss, total / n)
+
+
+# The policy gradient
+
+def test_no_gradient_flows_through_stored_thoughts(tiny):
+    rollout = rollout_of(tiny, "soft")
+    rollout.thoughts.requires_grad_()
+    loss, *_ = score(tiny[0], rollout, [0, 1, 2], tau=0.5)
+    loss.backward()
+    assert rollout.thoughts.grad is None or not rollout.thoughts.grad.any()
+    assert tiny[0].embed_tokens.weight.grad.abs().sum() > 0
+
+
+def small_policy(tied):
+    """A float64 model of width 2, so that the noise can be integrated on a grid."""
+    model = random_model(vocab_size=4, hidden_size=2, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1,
+                         num_key_value_heads=1, head_dim=2, tie_word_embeddings=tied, rms_norm_eps=1.0, std=0.8).double()
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_soft_policy_gradient_is_the_gradient_of_the_expected_reward(tied):
+    """One thought and one answer token: J = sum over noise (Gauss-Hermite) and answers of pi R, differenced numerically,
+    against the score-function gradient of eq. 8-10 in the same expectation."""
+    model, tau, sigma = small_policy(tied), 0.5, 0.4
+    prompt, R = torch.tensor([1, 3, 0]), torch.tensor([100.0, 10.0, 0.0, 40.0], dtype=torch.float64)
+    x, w = np.polynomial.hermite.hermgauss(24)
+    nodes = torch.tensor([(a, b) for a, b in itertools.product(x, x)]) * math.sqrt(2)  # (576, 2) standard normals
+    mass = torch.tensor([a * b for a, b in itertools.product(w, w)]) / math.pi
+
+    def distribution():
+        hidden = model(prompt[None])[0, -1]
+        h0 = (model.lm_head.weight @ hidden / tau).softmax(-1) @ model.embed_tokens.weight
+        thoughts = h0 + sigma * nodes  # eq. 6
+        inputs = torch.cat((model.embed_tokens(prompt).expand(len(nodes), 3, 2), thoughts[:, None]), 1)
+        return thoughts, (model(inputs)[:, -1] @ model.lm_head.weight.T).softmax(-1)  # (576, 2), (576, V)
+
+    def expected_reward():
+        with torch.no_grad():
+            return (mass[:, None] * distribution()[1] * R).sum().item()
+
+    with torch.no_grad():
+        thoughts, answers = distribution()
+    n = len(nodes) * 4
+    ids = torch.cat((prompt, prompt[:2])).repeat(n, 1)
+    ids[:, 4] = torch.arange(4).repeat(len(nodes))
+    stored = torch.zeros(n, 5, 2, dtype=torch.float64)
+    stored[:, 3] = thoughts.repeat_interleave(4, 0)
+    is_thought = (torch.arange(5) == 3).expand(n, 5)
+    weight = torch.zeros(n, 5, dtype=torch.float64)
+    weight[:, 3] = weight[:, 4] = -(mass[:, None] * answers * R).flatten()  # the probability of each case times -R
+    loss, _ = model.log_prob(ids, stored, is_thought, weight, torch.where(is_thought, tau, 1.0), sigma)
+    loss.backward()
+
+    g = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        direction = torch.randn(p.shape, generator=g, dtype=torch.float64)
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                p.add_(step * direction)
+                values.append(expected_reward())
+                p.sub_(step * direction)
+        slope = (values[0] - values[1]) / 2e-5
+        assert -(p.grad * direction).sum().item() == pytest.approx(slope, rel=1e-3, abs=1e-4), name
+
+
+def test_hard_policy_gradient_is_the_gradient_of_the_expected_reward():
+    """Two tokens, all 16 cases enumerated."""
+    model, prompt = small_policy(True), torch.tensor([1, 3, 0])
+    cases = torch.tensor([*itertools.product(range(4), repeat=2)])
+    R = torch.linspace(0, 100, 16, dtype=torch.float64)
+
+    def probabilities():
+        rows = torch.cat((prompt.expand(16, 3), cases), 1)
+        logp = (model(rows) @ model.lm_head.weight.T).log_softmax(-1)[:, 2:4]
+        return logp.gather(-1, cases[..., None]).sum((1, 2)).exp()
+    expected = torch.autograd.grad((probabilities() * R).sum(), [*model.parameters()])
+    weight = torch.zeros(16, 5, dtype=torch.float64)
+    weight[:, 3:] = -(probabilities().detach() * R)[:, None]
+    ids = torch.cat((prompt.expand(16, 3), cases), 1)
+    loss, _ = model.log_prob(ids, None, torch.zeros(16, 5, dtype=torch.bool), weight, 1.0, None)
+    loss.backward()
+    for p, e in zip(model.parameters(), expected):
+        torch.testing.assert_close(-p.grad, e)
+
+
+def test_baseline_does_not_change_the_expected_gradient_but_its_variance(tiny):
+    """RLOO is unbiased: over all reward patterns of independent samples its mean advantage is R - E[R]."""
+    p = torch.tensor([0.2, 0.5, 0.3])
+    R = torch.tensor([100.0, 10.0, 0.0])
+    expected = torch.zeros(3)  # E[A; outcome], summed over the first sample's outcomes
+    for outcome in itertools.product(range(3), repeat=3):
+        o = list(outcome)
+        expected[o[0]] += p[o].prod() * rloo(R[o][None])[0, 0]
+    torch.testing.assert_close(expected, p * (R - (p * R).sum()))
+
+
+# Weights and checkpoints
+
+def test_bfloat16_training_accumulates_in_float32_masters():
+    model = random_model()
+    masters = distribute(model, torch.bfloat16, "cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {m.dtype for m in masters.values()} == {torch.float32}
+    ids = torch.randint(61, (2, 5))
+    grads = []
+    for _ in range(2):
+        loss, _ = model.log_prob(ids, None, torch.zeros(2, 5, dtype=torch.bool), torch.ones(2, 5), 1.0, None)
+        loss.backward()
+        assert all(p.grad is None for p in model.parameters())
+        grads.append({k: m.grad.clone() for k, m in masters.items()})
+    for k in masters:
+        assert grads[0][k].dtype == torch.float32 and grads[0][k].abs().sum() > 0
+        torch.testing.assert_close(grads[1][k], 2 * grads[0][k])
+
+
+def test_saved_checkpoint_is_an_ordinary_one_that_transformers_and_its_tokenizer_load(tiny, tiny_dir, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model, tokenizer, notes = tiny
+    masters = distribute(model, torch.float32, "cpu")
+    for _ in range(2):  # the second one replaces the first
+        save_checkpoint(tmp_path / "best", model, masters, torch.bfloat16, tiny_dir, notes, Namespace(seed=0), rank=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "best")
+    peer_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "best")
+    text = "User: 1+2 Assistant: 1+2=3 The final answer is: \\boxed{3}."
+    assert peer_tokenizer(text).input_ids == tokenizer.encode(text).ids
+    assert peer_tokenizer.decode(peer_tokenizer(text).input_ids) == text
+    assert peer_tokenizer.eos_token_id == peer.generation_config.eos_token_id == notes["eos"][0]
+    assert peer.dtype == torch.bfloat16
+    again, _, loaded = load(tmp_path / "best")
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    with torch.no_grad():
+        torch.testing.assert_close(peer.float()(ids).logits, again.logits(again(ids)), atol=2e-4, rtol=0)
+    assert loaded["embedding_rms"] == notes["embedding_rms"] and loaded["prompt"] == notes["prompt"]
+
+
+def test_failed_save_leaves_the_checkpoint_before_it(tiny, tiny_dir, tmp_path, monkeypatch):
+    model, _, notes = tiny
+    masters = dict(model.named_parameters())
+    save_checkpoint(tmp_path / "best", model, masters, torch.float32, tiny_dir, notes, Namespace(seed=0), rank=0)
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+    monkeypatch.setattr(Transformer, "save_pretrained", fail)
+    with pytest.raises(OSError):
+        save_checkpoint(tmp_path / "best", model, masters, torch.float32, tiny_dir, notes, Namespace(seed=0), rank=0)
+    load(tmp_path / "best")
+
+
+# Schedules and data
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    args = Namespace(lr=2.0, warmup=4, steps=12)
+    rates = [learning_rate(s, args) for s in range(13)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[8] == pytest.approx(1.0) and rates[12] == pytest.approx(0.0)
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+
+
+def test_questions_of_steps_go_through_the_data_in_a_new_order_each_epoch():
+    problems = [{"n": i} for i in range(10)]
+    drawn = [p["n"] for step in range(5) for p in questions_of_step(problems, step, 4, seed=3)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == [*range(10)] and drawn[:10] != drawn[10:]
+    assert drawn[8:12] == [p["n"] for p in questions_of_step(problems, 2, 4, seed=3)]
+
+
+def test_written_problems_are_half_careful_and_never_of_val_or_test():
+    rng = random.Random(0)
+    problems = [written_problem(rng) for _ in range(3000)]
+    steps = [s for p in problems for s in p["solution"].split(";") if s[1] == "*"]
+    misread = [s for s in steps if int(s[4]) != int(s[0]) * int(s[2]) % 10]
+    assert all(int(s[4]) == (int(s[0]) + int(s[2])) % 10 for s in misread)
+    same = sum(a * b % 10 == (a + b) % 10 for a in range(10) for b in range(10)) / 100
+    assert len(misread) / len(steps) == pytest.approx((1 - same) / 2, abs=0.03)
+    known = {p["question"] for split in ("val", "test") for p in load_problems("arithmetic", split, 512)}
+    assert not known & {p["question"] for p in problems}
+
+
+def test_tiny_model_is_what_the_readme_says(tiny_dir):
+    model, tokenizer, _ = load(tiny_dir)
+    assert 140_000 < sum(p.numel() for p in model.parameters()) < 160_000
+    assert tokenizer.get_vocab_size() == model.config.vocab_size
+    text = " 3+4=7;7*2=4 The final answer is: \\boxed{4}."
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    with pytest.raises(InputError):
+        load(tiny_dir / "nothing")
+    assert json.loads((tiny_dir / "soft_tokens.json").read_text())["prompt"] == "User: {question} Assistant:"
