@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from model import InputError
-from sample import NOISE_SCALE, SETTINGS, STOP, Parser, generate, load, positive
+from sample import SETTINGS, STOP, Parser, Watch, generate, load, positive
 
 # --------------------------------------------------------------------------------------------------
 # Tasks
@@ -151,6 +151,9 @@ def worked_text(problem):
 #
 # LaTeX is parsed and computed by the small recursive-descent parser below, exactly (Fraction) where that is possible,
 # else in floating point; expressions with letters are compared at random points. Nothing is ever executed.
+
+VERIFIERS = ("own", "math-verify")
+
 
 class Unreadable(ValueError):
     """The text is no mathematical expression that the parser knows."""
@@ -471,67 +474,56 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len, answer_len, noise_scale=NOISE_SCALE,
-             temperature=None, batch=64, seed=0, verifier="own", progress=False):
-    """Measure one of the six SETTINGS; its greedy half takes one sample per problem, whatever n_samples says.
+def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len, answer_len,
+             temperature=None, noise_std=None, batch=64, seed=0, watch=None, verifier="own",
+             progress=False):
+    """Measure one of the six SETTINGS; a greedy one takes one sample per problem in any case.
 
-    Returns {"pass@1", "pass@k" for k = 2, 4, ... up to n_samples, "truncated", "unparsed", "errors": shares of all
-    samples; "cot_len": mean, tokens; "tokens_per_s"; "n_problems"; "n_samples"} and the samples, one dict each.
+    notes gives the prompt and the end tokens; the other arguments are those of sample.generate.
+    Returns {"pass@k" for k = 1, 2, 4, ... up to n_samples; "truncated", "unparsed", "errors":
+    shares of all samples; "cot_len": mean, tokens; "tokens_per_s", "n_problems", "n_samples"}
+    and the list of samples, one dict each.
     """
     mode, how = setting.split("_")
     n = 1 if how == "greedy" else n_samples
+    watch = watch or Watch.build(tokenizer, model.config.vocab_size, model.embed_tokens.weight.device)
     start, n_tokens, samples = time.perf_counter(), 0, []
     per_batch = max(1, batch // n)
     for i in tqdm(range(0, len(problems), per_batch), desc=setting, disable=not progress, leave=False):
         part = problems[i:i + per_batch]
         out = generate(
-            model, tokenizer, [notes["prompt"].replace("{question}", p["question"]) for p in part], n, mode,
-            greedy=how == "greedy", temperature=temperature, noise_std=noise_scale * notes["embedding_rms"],
-            cot_len=cot_len, answer_len=answer_len, eos=notes["eos"], seed=(seed, i), watch=notes.get("watch"))
+            model, tokenizer, [notes["prompt"].replace("{question}", p["question"]) for p in part],
+            n, mode, greedy=how == "greedy", temperature=temperature, noise_std=noise_std,
+            cot_len=cot_len, answer_len=answer_len, eos=notes["eos"], seed=(seed, i), watch=watch)
         n_tokens += int(out.length.sum())
         for j, (cot, answer) in enumerate(zip(out.cots, out.answers)):
             p = part[j // n]
             verdict = "unparsed" if answer is None else judge(answer, p["answer"], verifier)
-            samples.append({"question": p["question"], "gold": p["answer"], "thought": cot, "answer": answer,
-                            "verdict": verdict, "truncated": bool(out.truncated[j]), "cot_len": int(out.cot_len[j])})
+            samples.append({
+                "question": p["question"], "gold": p["answer"], "thought": cot, "answer": answer,
+                "verdict": verdict, "truncated": bool(out.truncated[j]), "cot_len": int(out.cot_len[j])})
     seconds = time.perf_counter() - start
 
-    correct = [sum(s["verdict"] == "correct" for s in samples[i:i + n]) for i in range(0, len(samples), n)]
     def share(test):
         return sum(map(test, samples)) / len(samples)
-    ks = [2 ** i for i in range(n.bit_length()) if 2 ** i <= n]
-    result = {f"pass@{k}": sum(pass_at_k(n, c, k) for c in correct) / len(correct) for k in ks}
-    result |= {"truncated": share(lambda s: s["truncated"]), "unparsed": share(lambda s: s["verdict"] == "unparsed"),
-               "errors": share(lambda s: s["verdict"] == "error"), "cot_len": share(lambda s: s["cot_len"]),
-               "tokens_per_s": n_tokens / seconds, "n_problems": len(problems), "n_samples": n}
-    return result, samples
+    right = [s["verdict"] == "correct" for s in samples]
+    correct = [sum(right[i:i + n]) for i in range(0, len(samples), n)]  # per problem
+    result = {f"pass@{k}": sum(pass_at_k(n, c, k) for c in correct) / len(correct)
+              for k in powers_of_two(n)}
+    return result | {
+        "truncated": share(lambda s: s["truncated"]), "cot_len": share(lambda s: s["cot_len"]),
+        "unparsed": share(lambda s: s["verdict"] == "unparsed"),
+        "errors": share(lambda s: s["verdict"] == "error"), "tokens_per_s": n_tokens / seconds,
+        "n_problems": len(problems), "n_samples": n}, samples
+
+
+def powers_of_two(n):
+    """1, 2, 4, ... up to n."""
+    return [2 ** i for i in range(n.bit_length())]
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
-
-def main(args):
-    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    model, tokenizer, notes = load(args.model, dtype, args.device, args.prompt_file)
-    problems = load_problems(args.data, "test")[:args.limit]
-    results = {}
-    for setting in settings_of(args.settings):
-        results[setting], _ = evaluate(
-            model, tokenizer, notes, problems, setting, args.samples, batch=args.batch, seed=args.seed,
-            cot_len=args.cot_len or notes.get("cot_len", 512), answer_len=args.answer_len or notes.get("answer_len", 32),
-            noise_scale=args.noise_scale or notes.get("noise_scale", NOISE_SCALE), temperature=args.temperature,
-            verifier=args.verifier, progress=True)
-    print(f"\n{args.model} on {args.data}, {len(problems)} problems")
-    ks = [f"pass@{k}" for k in sorted({1, args.samples} | {2 ** i for i in range(args.samples.bit_length())}) if k <= args.samples]
-    print(f"{'setting':14}" + "".join(f"{k:>9}" for k in ks) + "  truncated  unparsed   cot_len  tokens/s")
-    for setting, r in results.items():
-        cells = "".join(f"{100 * r[k]:9.1f}" if k in r else " " * 9 for k in ks)
-        print(f"{setting:14}{cells}{100 * r['truncated']:11.1f}{100 * r['unparsed']:10.1f}{r['cot_len']:10.1f}"
-              f"{r['tokens_per_s']:10.0f}")
-    if args.out:
-        Path(args.out).write_text(json.dumps({"args": vars(args), "results": results}, indent=2) + "\n")
-        print(f"written to {args.out}")
-
 
 def settings_of(text):
     """--settings: "all", or names of SETTINGS joined by commas, as a list."""
@@ -542,6 +534,31 @@ def settings_of(text):
     return names
 
 
+def main(args):
+    settings = settings_of(args.settings)
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    model, tokenizer, notes = load(args.model, dtype, args.device, args.prompt_file)
+    problems = load_problems(args.data, "test")[:args.limit]
+    results = {}
+    for setting in settings:
+        results[setting], _ = evaluate(
+            model, tokenizer, notes, problems, setting, args.samples, batch=args.batch,
+            cot_len=args.cot_len or notes["cot_len"], answer_len=args.answer_len or notes["answer_len"],
+            temperature=args.temperature or notes["temperature"][setting.split("_")[0]],
+            noise_std=(args.noise_scale or notes["noise_scale"]) * notes["embedding_rms"],
+            seed=args.seed, verifier=args.verifier, progress=True)
+    ks = [f"pass@{k}" for k in powers_of_two(args.samples)]
+    print(f"\n{args.model} on {args.data}, {len(problems)} problems")
+    print(f"{'setting':14}" + "".join(f"{k:>9}" for k in ks) + "  truncated  unparsed   cot_len  tokens/s")
+    for setting, r in results.items():
+        cells = "".join(f"{100 * r[k]:9.1f}" if k in r else " " * 9 for k in ks)
+        print(f"{setting:14}{cells}{100 * r['truncated']:11.1f}{100 * r['unparsed']:10.1f}"
+              f"{r['cot_len']:10.1f}{r['tokens_per_s']:10.0f}")
+    if args.out:
+        Path(args.out).write_text(json.dumps({"args": vars(args), "results": results}, indent=2) + "\n")
+        print(f"written to {args.out}")
+
+
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint directory")
@@ -550,7 +567,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=positive(int), default=32, help="per problem, in the sample settings")
     parser.add_argument("--limit", type=positive(int), help="only the first so many problems")
     parser.add_argument("--batch", type=positive(int), default=64, help="rows alive at a time")
-    parser.add_argument("--verifier", choices=["own", "math-verify"], default="own")
+    parser.add_argument("--verifier", choices=VERIFIERS, default="own")
     parser.add_argument("--out", help="JSON file for the results")
     parser.add_common()
     parser.run(main)

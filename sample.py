@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -109,18 +110,18 @@ def read_box(text):
 @dataclass
 class Rollout:
     """R generated rows of N slots each. Slot 0 follows the prompt; unused slots are at the end."""
-    prompts: torch.Tensor   # (R, P) int64: prompt ids, padded at the right
+    prompts: torch.Tensor     # (R, P) int64: prompt ids, padded at the right
     prompt_len: torch.Tensor  # (R,) int64
-    tokens: torch.Tensor    # (R, N) int64: the token; at a thought, its shadow, the argmax of p
-    kind: torch.Tensor      # (R, N) uint8: NONE, TOKEN, THOUGHT or FORCED
-    logp: torch.Tensor      # (R, N) float32, nats: of the token or noisy embedding when it was drawn, else 0
-    entropy: torch.Tensor   # (R, N) float32, nats: of softmax(logits) at temperature 1; nan where not measured
-    thoughts: torch.Tensor  # (R, C, D): the noisy embeddings as fed, in the model's dtype; None if not stored
-    cot_len: torch.Tensor = None    # (R,) int64: slots of the chain of thought
-    length: torch.Tensor = None     # (R,) int64: slots in use
-    truncated: torch.Tensor = None  # (R,) bool: the budget ended the thought, not STOP
-    cots: list = None       # R strings: the thought as text
-    answers: list = None    # R strings: what stands in the box, or None if it was never closed
+    tokens: torch.Tensor      # (R, N) int64: the token; at a thought, its shadow, the argmax of p
+    kind: torch.Tensor        # (R, N) uint8: NONE, TOKEN, THOUGHT or FORCED
+    logp: torch.Tensor        # (R, N) float32, nats: of the action when it was drawn; 0 if none was
+    entropy: torch.Tensor     # (R, N) float32, nats: of softmax(logits); nan where not measured
+    thoughts: torch.Tensor    # (R, C, D): the noisy embeddings as fed, in the model's dtype, or None
+    cot_len: torch.Tensor     # (R,) int64: slots of the chain of thought
+    length: torch.Tensor      # (R,) int64: slots in use
+    truncated: torch.Tensor   # (R,) bool: the budget ended the thought, not STOP
+    cots: list                # R strings: the thought as text
+    answers: list             # R strings: what stands in the box; None if it was never closed
 
 
 def prefill(model, prompts, device):
@@ -141,41 +142,48 @@ def prefill(model, prompts, device):
 def draw(seed, groups, n_samples, width, device):
     """The uniforms and normals of one round, for all samples of each (prompt, age) in groups.
 
-    They depend on the seed, the prompt's number, the sample's and the age alone, never on which other
-    rows are alive, so that batches, ranks and dropped rows change nothing.
+    They depend on the seed, the prompt's number, the sample's and the age alone, never on which
+    other rows are alive, so that batches, ranks and dropped rows change nothing.
     Returns (len(groups) G, ROUND) and (len(groups) G, ROUND, width), float32.
     """
     generator, uniform, normal = torch.Generator(device), [], []
     for prompt, age in groups:
         key = np.random.SeedSequence((*seed, prompt, age)).generate_state(1, np.uint64)[0]
         generator.manual_seed(int(key >> np.uint64(1)))
-        uniform.append(torch.rand(n_samples, ROUND, generator=generator, device=device))
-        normal.append(torch.randn(n_samples, ROUND, width, generator=generator, device=device))
+        options = dict(generator=generator, device=device)
+        uniform.append(torch.rand(n_samples, ROUND, **options))
+        normal.append(torch.randn(n_samples, ROUND, width, **options))
     return torch.cat(uniform), torch.cat(normal)
 
 
 def sample_tokens(probs, uniform):
-    """Draw a token per row of probs (B, V) by inverting its cumulative sum at uniform (B,) in [0, 1)."""
+    """Draw a token per row of probs (B, V) by inverting its cumulative sum at uniform (B,)."""
     cdf = probs.cumsum(-1)
     index = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
     return index.clamp(max=probs.shape[-1] - 1)
 
 
-def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, temperature, noise_std):
+def log_density(thought, mean, noise_std):
+    """eq. 10: log N(thought; mean, noise_std^2 I) of (..., D) float32, summed over D."""
+    constant = mean.shape[-1] * math.log(noise_std * math.sqrt(2 * math.pi))
+    return -(thought - mean).square().sum(-1) / (2 * noise_std ** 2) - constant
+
+
+def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, tau, noise_std):
     """Pick what stands in the next slot of every live row.
 
     live     {"hidden": (B, D), "phase": (B,), "which": (B,), "cursor": (B,), ...}
-    uniform  (B,), normal (B, D): this step's randomness
-    Returns the slot's token (B,), input embedding (B, D), log-prob (B,), probs (B, V) at the row's
-    temperature and logits (B, V).
+    uniform  (B,) and normal (B, D): this step's randomness
+    Returns the slot's token (B,), its input embedding (B, D), its log-prob (B,), probs (B, V) at the
+    row's temperature, and logits (B, V).
     """
     in_cot, in_prefill = live["phase"] == COT, live["phase"] == PREFILL
     logits = model.logits(live["hidden"])
-    tau = torch.where(in_cot, temperature, 1.0)[:, None]  # answers are plain samples (eq. 8)
-    probs = (logits / tau).softmax(-1)  # eq. 3
+    # answers are plain samples at temperature 1
+    probs = (logits / torch.where(in_cot, tau, 1.0)[:, None]).softmax(-1)  # eq. 3
 
     best = logits.argmax(-1)
-    cot_greedy = greedy or mode != "hard"  # the shadow of a soft thought is greedy
+    cot_greedy = greedy or mode != "hard"  # the shadow of a soft thought is its argmax
     sampled = best if cot_greedy and answer_greedy else sample_tokens(probs, uniform)
     token = torch.where(in_cot, best if cot_greedy else sampled, best if answer_greedy else sampled)
     token = torch.where(in_prefill, forced[live["which"], live["cursor"]], token)
@@ -183,14 +191,11 @@ def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, te
     x = model.embed_tokens(token)  # eq. 4
 
     if mode != "hard":
-        mean = model.soft_embedding(probs)  # h0 = p E, eq. 5
+        mean = model.soft_embedding(probs)  # eq. 5
         thought = (mean if greedy else mean + noise_std * normal).to(x.dtype)  # eq. 6
-        if not greedy:  # the density is that of the value fed, after the cast (eq. 10)
-            constant = mean.shape[-1] * math.log(noise_std * math.sqrt(2 * math.pi))
-            density = -(thought.float() - mean).square().sum(-1) / (2 * noise_std ** 2) - constant
-            logp = torch.where(in_cot, density, logp)
-        else:
-            logp = logp.masked_fill(in_cot, 0)  # a noise-free thought is no random action
+        # the action is what is fed, after the cast; without noise there is no action
+        density = torch.zeros_like(logp) if greedy else log_density(thought.float(), mean, noise_std)
+        logp = torch.where(in_cot, density, logp)
         x = torch.where(in_cot[:, None], thought, x)
     return token, x, logp.masked_fill(in_prefill, 0), probs, logits
 
@@ -198,7 +203,7 @@ def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, te
 def advance(live, token, watch, forced_len, cot_len, answer_len, eos):
     """Move every row on by the token that its slot got: the phases, all rows at once, no text.
 
-    forced_len (2,) tokens of the two FORCED_TEXTS; eos (n,) end tokens. Returns the changed entries.
+    forced_len (2,): tokens of the two FORCED_TEXTS; eos (n,): end tokens. Returns changed entries.
     """
     phase, age = live["phase"], live["age"] + 1
     in_cot, in_prefill, in_answer = phase == COT, phase == PREFILL, phase == ANSWER
@@ -208,39 +213,71 @@ def advance(live, token, watch, forced_len, cot_len, answer_len, eos):
     which = torch.where(used_up, 1, live["which"])
     cursor = live["cursor"] + in_prefill
     opened = in_prefill & (cursor == forced_len[which])
-    closed = live["depth"] + watch.low[token] <= 0
     said = live["said"] + in_answer  # answer tokens so far
+    closed = live["depth"] + watch.low[token] <= 0
     ended = in_answer & (closed | torch.isin(token, eos) | (said == answer_len))
     return {"phase": phase + (stopped | used_up | opened | ended), "age": age, "matched": matched,
             "which": which, "cursor": torch.minimum(cursor, forced_len[which] - 1), "said": said,
             "depth": live["depth"] + watch.rise[token] * in_answer}
 
 
-@torch.no_grad()
-def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer_greedy=True, temperature=None,
-             noise_std=None, cot_len=512, answer_len=32, eos=(), seed=(0,), rows=None, batch=None, watch=None,
-             store_thoughts=False, entropy_every=0, on_step=None):
-    """Think and answer: n_samples rows for each prompt (paper.md section 3 of the method; eq. 1-6).
+def leave(live, cache, alive, device):
+    """Drop all rows but those at the indices `alive` from the state and the cache."""
+    keep = torch.tensor(alive, dtype=torch.long, device=device)
+    live = {k: v[keep] for k, v in live.items()}
+    first = int(live["start"].min()) if alive else cache.length  # no row uses a column before it
+    cache.keep(keep, first)
+    live["start"] -= first
+    return live
 
-    prompts        Q strings; mode "hard", "soft" or "fuzzy"; greedy: argmax tokens, or thoughts without noise
-    answer_greedy  False in training, where answers are samples at temperature 1
-    temperature    of the thought; default MODES[mode]
-    noise_std      standard deviation per coordinate; needed by soft and fuzzy unless greedy
-    cot_len, answer_len  budgets in tokens; eos: end-of-sequence ids, which end an answer, never a thought
-    seed           ints; rows: which of the Q n_samples rows (row = prompt n_samples + sample), default all
-    batch          most rows alive at a time; others enter as these finish. Default: all at once
-    entropy_every  measure the entropy at every so-many-th slot; 0: never
-    on_step        called as on_step(kind, token, probs) with the step's (B,), (B,), (B, V) tensors
+
+def enter(model, live, cache, prompts, copies, places, device):
+    """Add rows to the state and the cache: prompts (lists of ids) are prefilled once, and the new
+    rows are samples of prompts[copies]; places: their rows in the output. Returns (live, cache)."""
+    hidden, fresh, start = prefill(model, prompts, device)
+    copies = torch.tensor(copies, device=device)
+    fresh.keep(copies)
+    zero = torch.zeros(len(copies), dtype=torch.long, device=device)
+    new = {"place": torch.tensor(places, device=device), "hidden": hidden[copies],
+           "start": start[copies], "matched": zero.to(torch.uint8), "depth": zero + 1,
+           **dict.fromkeys(("phase", "age", "which", "cursor", "said"), zero)}
+    if not live:
+        return new, fresh
+    before = cache.length
+    cache.join(fresh)
+    live["start"] += cache.length - before
+    new["start"] += cache.length - fresh.length
+    return {k: torch.cat((live[k], new[k])) for k in live}, cache
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer_greedy=True,
+             temperature=None, noise_std=None, cot_len=512, answer_len=32, eos=(), seed=(0,),
+             rows=None, batch=None, watch=None, store_thoughts=False, entropy_every=0, on_step=None):
+    """Think and answer: n_samples rows for each prompt.
+
+    prompts        Q strings
+    mode           "hard", "soft" or "fuzzy"; greedy: argmax tokens, or thoughts without noise
+    answer_greedy  False in training, where answers are samples at temperature 1 (eq. 8)
+    temperature    of the thought, > 0; default MODES[mode]
+    noise_std      sigma of eq. 6 per coordinate; soft and fuzzy need it unless greedy
+    cot_len, answer_len  budgets in tokens; eos: ids that end an answer, never a thought
+    seed           ints; rows: ascending, which of the Q n_samples rows (row = prompt n_samples +
+                   sample), default all
+    batch          most rows alive at a time, others enter as these finish; default all at once
+    watch          Watch.build(tokenizer, vocab_size, device), where the caller has it already
+    entropy_every  measure the entropy at every so-many-th slot, a divisor of ROUND; 0: never
+    on_step        called as on_step(kind (B,), token (B,), probs (B, V)) at each step
     Returns a Rollout. Raises InputError for a prompt that does not fit the model's context.
     """
     device, width = model.embed_tokens.weight.device, model.config.hidden_size
     watch = watch or Watch.build(tokenizer, model.config.vocab_size, device)
     temperature = temperature or MODES[mode]
     eos = torch.tensor(list(eos), dtype=torch.long, device=device)
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in FORCED_TEXTS]
-    forced_len = torch.tensor([len(i) for i in ids], device=device)
-    most = max(map(len, ids))
-    forced = torch.tensor([i + [0] * (most - len(i)) for i in ids], device=device)  # (2, most)
+    texts = [tokenizer.encode(text, add_special_tokens=False).ids for text in FORCED_TEXTS]
+    forced_len = torch.tensor([len(t) for t in texts], device=device)
+    most = max(map(len, texts))
+    forced = torch.tensor([t + [0] * (most - len(t)) for t in texts], device=device)  # (2, most)
     kind_of_phase = torch.tensor([TOKEN if mode == "hard" else THOUGHT, FORCED, TOKEN, NONE],
                                  dtype=torch.uint8, device=device)
 
@@ -249,104 +286,87 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
     R, N = len(rows), cot_len + most + answer_len
     for p in prompt_ids:
         if len(p) + N > model.config.max_position_embeddings:
-            raise InputError(f"a prompt of {len(p)} tokens with --cot_len {cot_len} and --answer_len {answer_len} "
-                             f"exceeds the model's context of {model.config.max_position_embeddings} tokens; "
-                             "shorten them or leave the question out")
-    of_row = torch.tensor(rows, device=device) // n_samples
-    out = Rollout(
-        prompts=pad_sequence([torch.tensor(p, device=device) for p in prompt_ids], batch_first=True)[of_row],
-        prompt_len=torch.tensor([len(p) for p in prompt_ids], device=device)[of_row],
-        tokens=torch.zeros(R, N + 1, dtype=torch.long, device=device),  # column N takes what DONE rows write
-        kind=torch.zeros(R, N + 1, dtype=torch.uint8, device=device),
-        logp=torch.zeros(R, N + 1, device=device),
-        entropy=torch.full((R, N + 1), math.nan, device=device),
-        thoughts=torch.zeros(R, cot_len + 1, width, dtype=model.embed_tokens.weight.dtype, device=device)
-        if store_thoughts and mode != "hard" else None)
+            raise InputError(
+                f"a prompt of {len(p)} tokens with --cot_len {cot_len} and --answer_len {answer_len} "
+                f"exceeds the model's context of {model.config.max_position_embeddings} tokens; "
+                "shorten them or leave the question out")
+    tokens = torch.zeros(R, N + 1, dtype=torch.long, device=device)  # DONE rows write to column N
+    kinds = torch.zeros(R, N + 1, dtype=torch.uint8, device=device)
+    logps = torch.zeros(R, N + 1, device=device)
+    entropy = torch.full((R, N + 1), math.nan, device=device)
+    thoughts = None
+    if store_thoughts and mode != "hard":
+        thoughts = torch.zeros(R, cot_len + 1, width, dtype=model.embed_tokens.weight.dtype,
+                               device=device)
 
-    waiting = deque()  # [prompt, [rows of it]], entered together after one prefill
-    for place, r in enumerate(rows):
-        if not waiting or waiting[-1][0] != r // n_samples:
-            waiting.append((r // n_samples, []))
-        waiting[-1][1].append(place)
+    waiting = deque((q, list(group)) for q, group in  # places of one prompt's rows enter together
+                    groupby(range(R), key=lambda place: rows[place] // n_samples))
     batch = batch or R
-    live, cache, places, ages = {}, None, [], []  # places: each live row's row in `out`; both on the host
-
+    live, cache, places, ages = {}, None, [], []  # places in the output and ages, on the host
     while True:
         # Between rounds: finished rows leave, waiting prompts enter
-        if live:
-            alive = [i for i, phase in enumerate(live["phase"].tolist()) if phase != DONE]
-            entering = waiting and len(alive) + len(waiting[0][1]) <= batch
-            if entering or len(alive) <= 0.75 * len(places):
-                keep = torch.tensor(alive, dtype=torch.long, device=device)
-                live = {k: v[keep] for k, v in live.items()}
+        if places:
+            phases = live["phase"].tolist()
+            alive = [i for i, phase in enumerate(phases) if phase != DONE]
+            room = waiting and len(alive) + len(waiting[0][1]) <= batch
+            if room or len(alive) <= 0.75 * len(places):  # fewer would not pay for the copying
+                live = leave(live, cache, alive, device)
                 places, ages = [places[i] for i in alive], [ages[i] for i in alive]
-                first = int(live["start"].min()) if alive else 0
-                cache.keep(keep, first)
-                live["start"] -= first
-        groups = []
-        while waiting and (len(places) + sum(len(g[1]) for g in groups) + len(waiting[0][1]) <= batch
-                           or not (places or groups)):
-            groups.append(waiting.popleft())
-        if groups:
-            hidden, fresh, start = prefill(model, [prompt_ids[q] for q, _ in groups], device)
-            copies = torch.tensor([i for i, g in enumerate(groups) for _ in g[1]], device=device)
-            fresh.keep(copies)  # one prefill per prompt, one row per sample
-            entered = [p for _, g in groups for p in g]
-            new = {k: torch.zeros(len(entered), dtype=torch.long, device=device)
-                   for k in ("phase", "age", "which", "cursor", "said")}
-            new |= {"matched": torch.zeros(len(entered), dtype=torch.uint8, device=device),
-                    "depth": torch.ones(len(entered), dtype=torch.long, device=device),
-                    "place": torch.tensor(entered, device=device),
-                    "hidden": hidden[copies], "start": start[copies]}
-            if places:
-                old_len = cache.length
-                cache.join(fresh)
-                live["start"] += cache.length - old_len
-                new["start"] += cache.length - fresh.length
-                live = {k: torch.cat((live[k], new[k])) for k in live}
-            else:
-                live, cache = new, fresh
-            places, ages = places + entered, ages + [0] * len(entered)
+        entering = []
+        while waiting and (len(places) + len(waiting[0][1]) <= batch or not places):
+            entering.append(waiting.popleft())
+            places, ages = places + entering[-1][1], ages + [0] * len(entering[-1][1])
+        if entering:
+            live, cache = enter(
+                model, live, cache, [prompt_ids[q] for q, _ in entering],
+                [i for i, (_, group) in enumerate(entering) for _ in group],
+                [place for _, group in entering for place in group], device)
         if not places:
             break
 
         # One round: ROUND steps of all live rows
-        keys = [(rows[p] // n_samples, age) for p, age in zip(places, ages)]
+        keys = [(rows[place] // n_samples, age) for place, age in zip(places, ages)]
         number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        mine = torch.tensor([number[key] * n_samples + rows[p] % n_samples for key, p in zip(keys, places)],
-                            device=device)
-        noisy = mode != "hard" and not greedy
-        uniform, normal = (d[mine] for d in draw(seed, number, n_samples, width if noisy else 0, device))
+        mine = torch.tensor([number[key] * n_samples + rows[place] % n_samples
+                             for key, place in zip(keys, places)], device=device)
+        noise_width = 0 if greedy or mode == "hard" else width
+        uniform, normal = (r[mine] for r in draw(seed, number, n_samples, noise_width, device))
         for i in range(ROUND):
             kind = kind_of_phase[live["phase"]]
             token, x, logp, probs, logits = choose(
-                model, live, forced, uniform[:, i], normal[:, i], mode, greedy, answer_greedy, temperature, noise_std)
-            slot = (live["place"], torch.where(kind == NONE, N, live["age"]))
-            out.tokens[slot], out.kind[slot], out.logp[slot] = token, kind, logp
-            if out.thoughts is not None:
-                out.thoughts[live["place"], torch.where(kind == THOUGHT, live["age"], cot_len)] = x
-            if entropy_every and (i % entropy_every == 0):
+                model, live, forced, uniform[:, i], normal[:, i], mode, greedy, answer_greedy,
+                temperature, noise_std)
+            slot = live["place"], torch.where(kind == NONE, N, live["age"])
+            tokens[slot], kinds[slot], logps[slot] = token, kind, logp
+            if thoughts is not None:
+                thoughts[live["place"], torch.where(kind == THOUGHT, live["age"], cot_len)] = x
+            if entropy_every and i % entropy_every == 0:
                 log_p = logits.log_softmax(-1)
-                out.entropy[slot] = -(log_p.exp() * log_p).sum(-1)
+                entropy[slot] = -(log_p.exp() * log_p).sum(-1)
             if on_step:
                 on_step(kind, token, probs)
             live |= advance(live, token, watch, forced_len, cot_len, answer_len, eos)
             columns = torch.arange(cache.length + 1, device=device)
-            live["hidden"] = model(x[:, None], cache, positions=cache.length - live["start"][:, None],
+            position = cache.length - live["start"]
+            live["hidden"] = model(x[:, None], cache, positions=position[:, None],
                                    key_mask=columns >= live["start"][:, None])[:, 0]
         ages = [age + ROUND for age in ages]
 
-    out.tokens, out.kind, out.logp, out.entropy = (t[:, :N] for t in (out.tokens, out.kind, out.logp, out.entropy))
-    out.thoughts = None if out.thoughts is None else out.thoughts[:, :cot_len]
-    is_forced = out.kind == FORCED
-    out.cot_len, out.length = is_forced.int().argmax(1), (out.kind != NONE).sum(1)
-    out.truncated = is_forced.sum(1) == forced_len[1]
-    out.cots, answers = [], []
-    for t, n, f, end in zip(out.tokens.tolist(), out.cot_len.tolist(), is_forced.sum(1).tolist(), out.length.tolist()):
-        out.cots.append(tokenizer.decode(t[:n]))
-        answers.append(tokenizer.decode(t[n:end]).split("\\boxed{", 1)[-1])
-    out.answers = [read_box(a) for a in answers]
-    return out
+    of_row = torch.tensor(rows, device=device) // n_samples
+    prompt_tensors = [torch.tensor(p, device=device) for p in prompt_ids]
+    forced_slots = kinds[:, :N] == FORCED
+    n_cot, n_forced = forced_slots.int().argmax(1), forced_slots.sum(1)
+    length = (kinds[:, :N] != NONE).sum(1)
+    cots, answers = [], []
+    for ids, c, f, n in zip(tokens.tolist(), n_cot.tolist(), n_forced.tolist(), length.tolist()):
+        cots.append(tokenizer.decode(ids[:c]))
+        answers.append(read_box(tokenizer.decode(ids[c:n]).split("\\boxed{", 1)[-1]))
+    return Rollout(
+        prompts=pad_sequence(prompt_tensors, batch_first=True)[of_row],
+        prompt_len=torch.tensor([len(p) for p in prompt_ids], device=device)[of_row],
+        tokens=tokens[:, :N], kind=kinds[:, :N], logp=logps[:, :N], entropy=entropy[:, :N],
+        thoughts=None if thoughts is None else thoughts[:, :cot_len], cot_len=n_cot, length=length,
+        truncated=n_forced == forced_len[1], cots=cots, answers=answers)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -355,25 +375,30 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
 def load(path, dtype=torch.float32, device="cpu", prompt_file=None):
     """A checkpoint directory as (model, tokenizer, notes).
 
-    notes: what train.py saved beside the weights in soft_tokens.json, completed for a model it never
-    saw: {"prompt": the template with {question}, "embedding_rms": of the base model's E, "eos": ids, ...}.
+    notes: what train.py left in soft_tokens.json, completed for a model that it never saw:
+    "prompt" with {question}; "temperature" by mode; "noise_scale"; "cot_len", "answer_len";
+    "embedding_rms" of the base model's E; and "eos", the end-of-sequence ids.
     """
     path = Path(path)
     model = Transformer.from_pretrained(path, dtype, device)
+    file = path / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exceptions
-        raise InputError(f"{path / 'tokenizer.json'}: {e}; give a checkpoint that holds a fast tokenizer") from None
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise InputError(f"{path / 'tokenizer.json'}: {tokenizer.get_vocab_size()} tokens, but config.json has "
-                         f"vocab_size {model.config.vocab_size}; use the tokenizer that belongs to the model")
-    notes = read_json(path / "soft_tokens.json") if (path / "soft_tokens.json").exists() else {}
-    notes.setdefault("prompt", PROMPT)
+        raise InputError(f"{file}: {e}; give a checkpoint that holds a fast tokenizer") from None
+    n, vocab_size = tokenizer.get_vocab_size(), model.config.vocab_size
+    if n > vocab_size:
+        raise InputError(f"{file}: {n} tokens, but config.json has vocab_size {vocab_size}; "
+                         "use the tokenizer that belongs to the model")
+    notes = {"prompt": PROMPT, "temperature": MODES, "noise_scale": NOISE_SCALE, "cot_len": 512,
+             "answer_len": 32}
+    if (path / "soft_tokens.json").exists():
+        notes |= read_json(path / "soft_tokens.json")
     if prompt_file:
         notes["prompt"] = read_prompt(prompt_file)
     if "embedding_rms" not in notes:  # over real vocabulary rows: padding rows would make it smaller
-        table = model.embed_tokens.weight[:tokenizer.get_vocab_size()]
-        notes["embedding_rms"] = table.detach().float().square().mean().sqrt().item()
+        table = model.embed_tokens.weight[:n].detach()
+        notes["embedding_rms"] = table.float().square().mean().sqrt().item()
     return model, tokenizer, notes | {"eos": eos_token_ids(path)}
 
 
@@ -447,10 +472,10 @@ def main(args):
 
     start = time.perf_counter()
     out = generate(
-        model, tokenizer, [notes["prompt"].replace("{question}", args.question)], 1, args.mode, greedy=args.greedy,
-        temperature=args.temperature or notes.get("temperature", {}).get(args.mode),
-        noise_std=(args.noise_scale or notes.get("noise_scale", NOISE_SCALE)) * notes["embedding_rms"],
-        cot_len=args.cot_len or notes.get("cot_len", 512), answer_len=args.answer_len or notes.get("answer_len", 32),
+        model, tokenizer, [notes["prompt"].replace("{question}", args.question)], 1, args.mode,
+        greedy=args.greedy, temperature=args.temperature or notes["temperature"][args.mode],
+        noise_std=(args.noise_scale or notes["noise_scale"]) * notes["embedding_rms"],
+        cot_len=args.cot_len or notes["cot_len"], answer_len=args.answer_len or notes["answer_len"],
         eos=notes["eos"], seed=(args.seed,), on_step=show)
     seconds, n = time.perf_counter() - start, int(out.length)
     print(f"\n\nanswer: {out.answers[0]}" + ("   (the thought was cut at its budget)" if out.truncated[0] else ""))

@@ -1,18 +1,21 @@
 """
-Train a language model to think in soft tokens: RLOO on continuous chains of thought (arXiv 2509.19170).
+Train a language model to think in soft tokens: RLOO on continuous chains of thought.
 
-    python train.py --mode soft                      # a laptop, nothing to download: tiny base, then RL, in minutes
+    python train.py --mode soft    # a laptop, nothing to download: a tiny base, then RL, in minutes
     python train.py --mode soft --model path/to/Llama-3.2-3B-Instruct --data gsm8k
-    torchrun --nproc_per_node 8 train.py --mode soft --model path/to/Llama-3.2-3B-Instruct --data gsm8k
+    torchrun --nproc_per_node 8 train.py --mode soft --model path/to/Llama-3.2-3B-Instruct
     python train.py --mode sft --model path/to/SmolLM2-135M --data gsm8k --lr 1e-5 --steps 500
 
-One step: sample G rows for each of B questions, reward them, subtract the mean of the others, score the recorded
-actions again with gradients, update. Modes hard, soft and fuzzy differ in the action only; mode sft puts reference
-solutions in the place of samples and 1 / n in the place of the advantage.
-Dimensions: B questions (--prompts), G samples of each (--samples), R = B G rows, T positions, D width.
+One step: sample G rows for each of B questions, reward them, subtract the mean of the others, score
+the recorded actions again with gradients, update. Modes hard, soft and fuzzy differ in the action
+only; mode sft puts reference solutions in the place of samples, and in that of the advantage 1 / n.
+
+Equation numbers are those of "Soft Tokens, Hard Truths" (arXiv 2509.19170). Dimensions: B questions
+(--prompts), G samples of each (--samples), R = B G rows, b rows of a micro-batch, T positions, D width.
 """
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -26,30 +29,36 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.nn.utils.rnn import pad_sequence
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from eval import TASKS, arithmetic_problem, arithmetic_split, evaluate, judge, load_problems, worked_text
+from eval import (TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, evaluate, judge,
+                  load_problems, worked_text)
 from model import Config, InputError, Transformer
-from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Rollout, Watch, generate, load,
-                    positive)
+from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Rollout, Watch, generate,
+                    load, positive)
 
-# --------------------------------------------------------------------------------------------------
-# Presets: every flag that is not given takes its value here
-
+# Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
-    data="gsm8k", steps=4000, prompts=2, samples=32, cot_len=128, answer_len=32, lr=6e-6, warmup=20, micro_batch=8,
-    eval_every=100, val_size=128, dtype="bfloat16", input_noise=0.0)
+    data="gsm8k", steps=4000, prompts=2, samples=32, cot_len=128, answer_len=32, lr=6e-6, warmup=20,
+    micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", input_noise=0.0)
 TINY = dict(  # without
-    data="arithmetic", steps=100, prompts=16, samples=16, cot_len=32, answer_len=4, lr=3e-4, warmup=10,
-    micro_batch=256, eval_every=25, val_size=512, dtype="float32", input_noise=0.0)
-TINY_SFT = TINY | dict(steps=900, prompts=64, samples=1, lr=4e-3, warmup=50, eval_every=900, input_noise=0.7)
+    data="arithmetic", steps=120, prompts=32, samples=16, cot_len=32, answer_len=4, lr=1e-4, warmup=10,
+    micro_batch=512, eval_every=40, val_size=512, dtype="float32", input_noise=0.0)
+TINY_SFT = TINY | dict(  # and its base
+    steps=900, prompts=64, samples=1, lr=4e-3, warmup=50, eval_every=900, input_noise=0.7)
 TINY_CONFIG = dict(
-    model_type="llama", hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
-    rope={"rope_type": "default", "rope_theta": 10000.0})
+    model_type="llama", hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+    tie_word_embeddings=True, rope={"rope_type": "default", "rope_theta": 10000.0})
 CARELESS = 0.5  # how often the writers of the tiny base's texts take a sign for a plus
+
+# What is recorded of every row, and averaged over the rows for the log
+STATS = ("tokens", "reward", "correct", "unparsed", "truncated", "cot_len", "entropy", "eos")
+ENTROPY_EVERY = 8  # slots between two measurements of the entropy: it costs a pass over V
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,54 +72,76 @@ def reward(answer, gold, verifier="own"):
 
 
 def rloo(rewards):
-    """eq. 12: each reward minus the mean of the other G - 1 of its group. rewards (B, G) -> (B, G), G >= 2."""
+    """eq. 12: each reward minus the mean of the other G - 1 of its group; (B, G) -> (B, G), G >= 2."""
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
 
 
 def pack(rollout, rows):
-    """The given rows (b,) of a rollout as one right-padded batch: prompt, then slots, as Transformer.log_prob wants it.
+    """The given rows (b,) of a rollout as one right-padded batch: prompt, then slots.
 
-    Returns ids (b, T); thoughts (b, T, D) or None; kind (b, T) of each slot, NONE in prompt and padding; in_cot (b, T)
-    bool; and logp (b, T): what it was when it was sampled.
+    Returns what Transformer.log_prob wants: ids (b, T); thoughts (b, T, D) or None; kind (b, T) of
+    each slot, NONE in prompt and padding; in_cot (b, T) bool; and logp (b, T) at sampling time.
     """
     prompt_len, length = rollout.prompt_len[rows, None], rollout.length[rows, None]
-    column = torch.arange(int((prompt_len + length).max()), device=rows.device)[None]  # (1, T)
+    column = torch.arange(int((prompt_len + length).max()), device=rows.device)  # (T,)
     slot = column - prompt_len  # (b, T), negative in the prompt
-    used = (slot >= 0) & (slot < length)
 
     def at(table, index):
         return table[rows[:, None], index.clamp(0, table.shape[1] - 1)]
     ids = torch.where(slot < 0, at(rollout.prompts, column.expand_as(slot)), at(rollout.tokens, slot))
-    kind = torch.where(used, at(rollout.kind, slot), NONE)
-    thoughts = None if rollout.thoughts is None else at(rollout.thoughts, slot)
+    kind = torch.where((slot >= 0) & (slot < length), at(rollout.kind, slot), NONE)
+    thoughts = None if rollout.thoughts is None else at(rollout.thoughts, slot)  # (b, T, D)
     in_cot = (slot >= 0) & (slot < rollout.cot_len[rows, None])
     return ids, thoughts, kind, in_cot, at(rollout.logp, slot)
 
 
 def reference_rollout(problems, tokenizer, notes, device):
-    """Reference solutions in the form of a rollout, every token of them chosen: what supervised training scores."""
-    prompts = [tokenizer.encode(notes["prompt"].replace("{question}", p["question"])).ids for p in problems]
-    texts = [tokenizer.encode(worked_text(p), add_special_tokens=False).ids + notes["eos"][:1] for p in problems]
-    prompts, tokens = ([torch.tensor(ids, device=device) for ids in lists] for lists in (prompts, texts))
-    length, padded = torch.tensor([len(t) for t in tokens], device=device), pad_sequence(tokens, batch_first=True)
-    return Rollout(prompts=pad_sequence(prompts, batch_first=True), tokens=padded, length=length,
-                   prompt_len=torch.tensor([len(p) for p in prompts], device=device), cot_len=torch.zeros_like(length),
-                   kind=torch.full_like(padded, TOKEN, dtype=torch.uint8), thoughts=None, entropy=None,
-                   logp=torch.zeros(padded.shape, device=device))
+    """Reference solutions in the form of a rollout whose every token was chosen."""
+    prompts = [notes["prompt"].replace("{question}", p["question"]) for p in problems]
+    prompts = [torch.tensor(tokenizer.encode(p).ids, device=device) for p in prompts]
+    tokens = [tokenizer.encode(worked_text(p), add_special_tokens=False).ids for p in problems]
+    tokens = [torch.tensor(t + notes["eos"][:1], device=device) for t in tokens]
+    padded = pad_sequence(tokens, batch_first=True)  # (R, N)
+    length = torch.tensor([len(t) for t in tokens], device=device)
+    return Rollout(
+        prompts=pad_sequence(prompts, batch_first=True), tokens=padded, length=length,
+        prompt_len=torch.tensor([len(p) for p in prompts], device=device),
+        kind=torch.full_like(padded, TOKEN, dtype=torch.uint8), cot_len=torch.zeros_like(length),
+        logp=torch.zeros(padded.shape, device=device), entropy=None, thoughts=None,
+        truncated=length < 0, cots=[], answers=[])
+
+
+def input_noise(ids, model, scale, seed):
+    """Gaussian noise for input embeddings: (b, T, D) float32, of a random scale per row, at most
+    `scale` times their root mean square.
+
+    A small model that never met noise does not survive soft tokens; this is NEFTune (arXiv
+    2310.05914) with Gaussian noise.
+    """
+    key = np.random.SeedSequence(seed).generate_state(1)[0]
+    generator = torch.Generator(ids.device).manual_seed(int(key))
+    table = model.embed_tokens.weight.detach()
+    table = table.full_tensor() if hasattr(table, "full_tensor") else table
+    rms = table.float().square().mean().sqrt()
+    scales = scale * torch.rand(len(ids), 1, 1, generator=generator, device=ids.device)
+    noise = torch.randn(*ids.shape, table.shape[1], generator=generator, device=ids.device)
+    return scales * rms * noise
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then a cosine to 0 at the last step."""
+    """Linear warm-up, then a cosine that reaches 0 after the last step."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def questions_of_step(problems, step, n, seed):
-    """n problems of a step: epochs in random order, a function of (seed, step) alone, so that resuming is exact."""
+    """The n problems of a step: epochs in random order, a function of (seed, step) alone."""
     at = range(step * n, step * n + n)
-    order = {e: np.random.default_rng((seed, e)).permutation(len(problems)) for e in {i // len(problems) for i in at}}
+    order = {epoch: np.random.default_rng((seed, epoch)).permutation(len(problems))
+             for epoch in {i // len(problems) for i in at}}
     return [problems[order[i // len(problems)][i % len(problems)]] for i in at]
 
 
@@ -118,10 +149,10 @@ def questions_of_step(problems, step, n, seed):
 # The tiny base: a Llama of 150 thousand parameters that knows single-digit arithmetic
 
 def written_problem(rng):
-    """A training problem with a solution as the tiny base sees it: by writers who are careful only half of the time.
+    """A training problem with a solution by a writer who is careful only half of the time.
 
-    So the base is able (it knows all the facts) and undecided (it often writes like the careless), which is where a
-    pretrained language model stands too, and what reinforcement learning can change in a minute.
+    So the base is able (it knows all the facts) and undecided (it often writes like the careless):
+    that is where a pretrained language model stands too, and what RL can change within a minute.
     """
     while True:
         p = arithmetic_problem(rng, CARELESS)
@@ -130,41 +161,67 @@ def written_problem(rng):
 
 
 def write_tiny_model(path, seed):
-    """Write a randomly initialised tiny Llama and its tokenizer of 25 symbols as an ordinary checkpoint directory."""
+    """Write a random tiny Llama and its tokenizer as an ordinary checkpoint directory."""
     words = ["<unk>", "<eos>", STOP, "\\boxed{", "User:", "Assistant:", *" }.;=+-*0123456789"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r"The final answer is:|\\boxed\{|User:|Assistant:|[\s\S]"), "isolated")
+        Regex(rf"{STOP}|\\boxed\{{|User:|Assistant:|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<eos>"])
     model = Transformer(Config(**TINY_CONFIG, vocab_size=len(words)))
+    # larger than usual: with tied embeddings of width 64, 0.02 learns four times slower
     model.init_weights(torch.Generator().manual_seed(seed), std=0.06)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    for name, content in (
-            ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>",
-                                       "unk_token": "<unk>", "clean_up_tokenization_spaces": False}),
-            ("generation_config.json", {"eos_token_id": words.index("<eos>")}),
-            ("soft_tokens.json", {"prompt": "User: {question} Assistant:"})):
+    for name, content in {
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>",
+                "unk_token": "<unk>", "clean_up_tokenization_spaces": False},
+            "generation_config.json": {"eos_token_id": words.index("<eos>")},
+            "soft_tokens.json": {"prompt": "User: {question} Assistant:"}}.items():
         (path / name).write_text(json.dumps(content, indent=2) + "\n")
     model.save_pretrained(path)
 
 
+def tiny_base(args):
+    """The directory of this seed's tiny base, which this file's own --mode sft trains if need be."""
+    folder = Path("out") / f"base-seed{args.seed}"
+    if not (folder / "summary.json").exists():  # written last
+        main(Namespace(**{k: None for k in vars(args)} | {
+            "mode": "sft", "out": str(folder), "verifier": "own",
+            **{k: getattr(args, k) for k in ("seed", "device", "clip")}}))
+    return folder / "best"
+
+
 # --------------------------------------------------------------------------------------------------
-# Weights: float32 masters, compute in --dtype, one process or FSDP2
+# Weights: float32 masters, compute in --dtype; one process, or FSDP2 over several
+
+def join_ranks(args):
+    """Join the process group that torchrun announces: (rank, world size), (0, 1) without torchrun."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
 
 def distribute(model, dtype, device):
     """Prepare the float32 model for training in dtype; returns {name: float32 master parameter}.
 
-    One process: the module computes in dtype and the masters are float32 copies, to which each backward pass hands its
-    gradients; in float32 the masters are the parameters. Several: FSDP2 shards the masters and casts as it gathers.
+    One process: the model computes in dtype, and each backward pass hands its gradients to float32
+    masters (in float32 the parameters themselves), where updates of size 6e-6 do not round away.
+    Several: FSDP2 keeps a shard of the masters on every rank and casts as it gathers.
     """
     if dist.is_initialized():
-        policy = dict(mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                                     cast_forward_inputs=False))
+        mesh = init_device_mesh(device.split(":")[0], (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.layers:
-            fully_shard(block, **policy)
-        fully_shard(model, reshard_after_forward=False, **policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         register_fsdp_forward_method(model, "log_prob")
         return dict(model.named_parameters())
     if dtype == torch.float32:
@@ -183,7 +240,7 @@ def distribute(model, dtype, device):
 
 
 class gathered:
-    """While this context is open, every parameter of an FSDP model is whole on every rank; else it does nothing."""
+    """While this context is open, an FSDP model's parameters are whole on every rank."""
 
     def __init__(self, model):
         self.modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -198,11 +255,11 @@ class gathered:
 
 
 def save_checkpoint(path, model, masters, dtype, source, notes, args, rank):
-    """Write a Hugging Face directory that transformers and vLLM load, complete or not at all.
+    """Write a Hugging Face directory that transformers and vLLM load; complete, or not at all.
 
     source: the directory that the tokenizer and generation files are copied from.
     """
-    state = {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().to(dtype) for k, v in masters.items()}
+    state = {name: m.full_tensor() if hasattr(m, "full_tensor") else m for name, m in masters.items()}
     if rank:
         return
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
@@ -210,226 +267,16 @@ def save_checkpoint(path, model, masters, dtype, source, notes, args, rank):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     for file in Path(source).iterdir():
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith("index.json"):
+        if file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(".index.json"):
             shutil.copy(file, new)
-    model.save_pretrained(new, state)
-    keep = {k: v for k, v in notes.items() if k not in ("eos", "watch")}
-    (new / "soft_tokens.json").write_text(json.dumps(keep, indent=2) + "\n")
+    model.save_pretrained(new, {name: tensor.detach().to(dtype) for name, tensor in state.items()})
+    saved = {k: v for k, v in notes.items() if k != "eos"}
+    (new / "soft_tokens.json").write_text(json.dumps(saved, indent=2) + "\n")
     (new / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     if path.exists():
         path.rename(old)
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# Training
-
-def main(args):
-    # Configuration
-    rank, world = dist_setup(args)
-    say = print if rank == 0 else lambda *a, **k: None
-    preset = PAPER if args.model else TINY_SFT if args.mode == "sft" else TINY
-    for key, value in preset.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    args.temperature = args.temperature or MODES.get(args.mode)
-    args.noise_scale = args.noise_scale or NOISE_SCALE
-    out = Path(args.out or f"out/{args.mode}")
-    args.out = str(out)
-    if args.samples < 2 and args.mode != "sft":
-        raise InputError(f"--samples {args.samples}: RLOO compares the samples of a question; use 2 or more")
-    if args.model is None and args.mode == "sft":
-        write_tiny_model(out / "init", args.seed)
-        args.model = str(out / "init")
-    elif args.model is None:
-        args.model = str(tiny_base(args, rank))
-    say(" ".join(f"--{k} {v}" for k, v in vars(args).items() if v is not None))
-
-    # Model and data
-    dtype = getattr(torch, args.dtype)
-    model, tokenizer, notes = load(args.model, torch.float32, args.device, args.prompt_file)
-    masters = distribute(model, dtype, args.device)
-    notes |= {"temperature": MODES | ({args.mode: args.temperature} if args.mode in MODES else {}),
-              "noise_scale": args.noise_scale, "cot_len": args.cot_len, "answer_len": args.answer_len}
-    notes["watch"] = Watch.build(tokenizer, model.config.vocab_size, args.device)
-    noise_std = args.noise_scale * notes["embedding_rms"]
-    if args.data == "arithmetic":
-        rng = random.Random(args.seed)
-        problems = [written_problem(rng) for _ in range(20000)] if args.mode == "sft" else load_problems(
-            args.data, "train", 8192)
-        val = load_problems(args.data, "val", args.val_size)
-    else:  # the validation problems are the same for every seed, and are never trained on
-        problems = load_problems(args.data, "train")
-        random.Random(0).shuffle(problems)
-        if len(problems) <= args.val_size:
-            raise InputError(f"--val_size {args.val_size}: {args.data} has {len(problems)} problems; use fewer")
-        val, problems = problems[:args.val_size], problems[args.val_size:]
-    if args.mode == "sft":
-        problems = [p for p in problems if p["solution"] or args.data == "arithmetic"]
-        if not problems:
-            raise InputError(f"--data {args.data}: no solutions to imitate; give a file with solutions, or --mode hard")
-        notes.pop("embedding_rms")  # the noise of later RL is measured on the weights that it starts from
-
-    optimizer = torch.optim.AdamW(masters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    settings = ["hard_greedy"] if args.mode in ("hard", "sft") else [f"{args.mode}_greedy", "hard_greedy"]
-    out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "w") if rank == 0 else None
-    interrupted = []
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else sys.exit(130))
-
-    def validate(step):
-        """Accuracy on the validation problems in the model's own greedy setting and in hard greedy; all ranks agree."""
-        accuracy = {}
-        with gathered(model):
-            for setting in settings:
-                result, samples = evaluate(
-                    model, tokenizer, notes | {"embedding_rms": 0}, val, setting, cot_len=args.cot_len,
-                    answer_len=args.answer_len, temperature=args.temperature if args.mode in setting else None,
-                    batch=max(64, args.micro_batch), verifier=args.verifier)
-                accuracy[setting] = result["pass@1"]
-                if setting == settings[0]:
-                    for s in samples[:2]:
-                        say(f"  | {s['question']} ->{s['thought']} [{s['answer']}] {s['verdict']}")
-        say(f"step {step}: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in accuracy.items()))
-        return accuracy
-
-    def save(name):
-        save_checkpoint(out / name, model, masters, dtype, args.model, notes, args, rank)
-
-    # The loop
-    base = best = validate(0)
-    save("best")
-    R, G = args.prompts * args.samples, args.samples
-    mine = range(R * rank // world, R * (rank + 1) // world)  # this rank's rows, maybe a part of a group
-    here = slice(mine.start, mine.stop)
-    bar = tqdm(total=args.steps, disable=rank > 0, desc=args.mode)
-    for step in range(args.steps):
-        batch = questions_of_step(problems, step, args.prompts, args.seed)
-        stats = torch.zeros(R, len(STATS), dtype=torch.float64)  # of all rows, each line from the rank that has the row
-        clock = time.perf_counter()
-
-        # 1. Sample (sft: read) and 2. reward
-        if args.mode == "sft":
-            rollout = reference_rollout([batch[row // G] for row in mine], tokenizer, notes, args.device)
-        else:
-            with gathered(model):
-                rollout = generate(
-                    model, tokenizer, [notes["prompt"].replace("{question}", p["question"]) for p in batch], G,
-                    args.mode, answer_greedy=False, temperature=args.temperature, noise_std=noise_std,
-                    cot_len=args.cot_len, answer_len=args.answer_len, eos=notes["eos"], seed=(args.seed, step),
-                    rows=mine, watch=notes["watch"], store_thoughts=True, entropy_every=ENTROPY_EVERY)
-            rewards = torch.tensor([reward(answer, batch[row // G]["answer"], args.verifier)
-                                    for answer, row in zip(rollout.answers, mine)])
-            in_cot = torch.arange(rollout.tokens.shape[1], device=args.device) < rollout.cot_len[:, None]
-            ended = torch.isin(rollout.tokens, torch.tensor(notes["eos"], dtype=torch.long, device=args.device)) & in_cot
-            columns = (rollout.length, rewards, rewards == 100, rewards == 0, rollout.truncated, rollout.cot_len,
-                       rollout.entropy.masked_fill(~in_cot, math.nan).nanmean(1), ended.any(1))
-            stats[here] = torch.stack([c.double().cpu() for c in columns], dim=1)
-        generate_s = time.perf_counter() - clock
-        if args.mode == "sft":
-            stats[here, 0] = rollout.length.double().cpu()
-        if world > 1:
-            dist.all_reduce(stats)
-
-        # 3. Advantage: what d loss / d log pi is, for every row
-        if args.mode == "sft":
-            weight = torch.full((R,), -1 / stats[:, 0].sum())  # cross-entropy per token
-        else:
-            weight = -rloo(stats[:, 1].view(-1, G)).flatten() / R  # eq. 14
-        shares = [[row for row in range(R * k // world, R * (k + 1) // world) if weight[row] != 0] for k in range(world)]
-        n_micro = max(-(-len(share) // args.micro_batch) for share in shares)  # every rank takes part in each of them
-
-        # 4. Log-prob and gradient, rows of like length together
-        clock = time.perf_counter()
-        total_len = (rollout.length + rollout.prompt_len).tolist()
-        rows = sorted(shares[rank], key=lambda row: total_len[row - mine.start])
-        drifts, total_loss = [], 0.0
-        for i in range(n_micro):
-            part = rows[i * args.micro_batch:(i + 1) * args.micro_batch]
-            local = torch.tensor(part or [mine.start], device=args.device) - mine.start
-            ids, thoughts, kind, in_cot, sampled_logp = pack(rollout, local)
-            w = ((kind == TOKEN) | (kind == THOUGHT)) * weight[part or [0]].float().to(args.device)[:, None]
-            w = w if part else w * 0  # this rank has run out of rows: it only takes part
-            if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(i == n_micro - 1)
-            loss, logp = model.log_prob(
-                ids, thoughts, kind == THOUGHT, w, torch.where(in_cot, args.temperature or 1.0, 1.0), noise_std,
-                embedding_noise(ids, model, args, step, (args.seed, step, rank, i)) if args.input_noise else None)
-            (loss * world).backward()  # FSDP takes the mean over ranks
-            total_loss += loss.item()
-            if args.mode != "sft":
-                drifts.append((logp - sampled_logp)[w != 0].abs())
-
-        # 5. Update
-        lr = learning_rate(step, args)
-        optimizer.param_groups[0]["lr"] = lr
-        grad_norm = torch.zeros(())
-        if n_micro:  # else every group's rewards were equal, and there is nothing to learn
-            grad_norm = torch.nn.utils.clip_grad_norm_(masters.values(), args.clip)
-            grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-            optimizer.step()
-            optimizer.zero_grad()
-            if not dist.is_initialized() and dtype != torch.float32:
-                with torch.no_grad():
-                    torch._foreach_copy_(list(model.parameters()), list(masters.values()))
-        train_s = time.perf_counter() - clock
-
-        # 6. Log
-        mean = dict(zip(STATS, stats.nanmean(0).tolist()))
-        drift = torch.cat(drifts) if drifts else torch.zeros(1)
-        line = {"step": step, "loss": total_loss, "reward": mean["reward"], "accuracy": mean["correct"], "truncated": mean["truncated"],
-                "unparsed": mean["unparsed"], "zero_advantage": (weight.view(-1, G) == 0).all(1).double().mean().item(),
-                "cot_len": mean["cot_len"], "eos_in_cot": mean["eos"], "entropy": mean["entropy"],
-                "delta_logp": drift.mean().item(), "delta_logp_max": drift.max().item() if drift.numel() else 0.0,
-                "grad_norm": grad_norm.item(), "lr": lr, "generate_s": generate_s, "train_s": train_s,
-                "tokens_per_s": stats[:, 0].sum().item() / (generate_s + train_s), "peak_gb": peak_memory_gb(args.device)}
-        if rank == 0:
-            log.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
-            log.flush()
-            bar.update()
-            bar.write("  ".join(f"{k} {v:.3g}" for k, v in line.items()))
-
-        # 7. Evaluate and save
-        stop = step + 1 == args.steps or interrupted
-        if stop or (step + 1) % args.eval_every == 0:
-            accuracy = validate(step + 1)
-            if accuracy[settings[0]] >= best[settings[0]]:
-                best = accuracy
-                save("best")
-            if stop:
-                save("last")
-                break
-    bar.close()
-    signal.signal(signal.SIGINT, previous)
-    summary = {"base": base, "final": best, "checkpoint": str(out / "best"), "steps": step + 1}
-    if rank == 0:
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        log.close()
-    for setting in settings:
-        say(f"{setting}: {100 * base[setting]:.1f} % before, {100 * best[setting]:.1f} % after, on {len(val)} "
-            "validation problems")
-    say(f"The checkpoint is in {out / 'best'}. Next:\n"
-        f"  python eval.py --model {out / 'best'} --data {args.data} --settings all")
-
-
-STATS = ("tokens", "reward", "correct", "unparsed", "truncated", "cot_len", "entropy", "eos")
-ENTROPY_EVERY = 8  # slots between two measurements of the entropy: it costs a pass over the vocabulary
-
-
-def embedding_noise(ids, model, args, step, seed):
-    """Gaussian noise for the input embeddings (b, T, D), of a random scale per row up to --input_noise times their RMS.
-
-    Small models that never met noise do not survive soft tokens; this is NEFTune (arXiv 2310.05914), Gaussian. It grows
-    over the second half of the steps: facts are learnt first.
-    """
-    generator = torch.Generator(args.device).manual_seed(hash(seed) % 2 ** 32)
-    table = model.embed_tokens.weight.detach()
-    table = table.full_tensor() if hasattr(table, "full_tensor") else table
-    scale = torch.rand(len(ids), 1, 1, generator=generator, device=args.device)
-    scale *= args.input_noise * max(0.0, 2 * step / args.steps - 1)
-    noise = torch.randn(*ids.shape, table.shape[1], generator=generator, device=args.device)
-    return (scale * table.float().square().mean().sqrt() * noise).to(getattr(torch, args.dtype))
 
 
 def peak_memory_gb(device):
@@ -439,25 +286,209 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def dist_setup(args):
-    """Join the process group that torchrun announces; returns (rank, world size). (0, 1) without torchrun."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        if args.device == "cuda":
-            torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    return dist.get_rank(), dist.get_world_size()
+# --------------------------------------------------------------------------------------------------
+# Training
 
+def main(args):
+    # Configuration
+    rank, world = join_ranks(args)
+    say = print if rank == 0 else lambda *a, **k: None
+    preset = PAPER if args.model else TINY_SFT if args.mode == "sft" else TINY
+    for key, value in (preset | {"noise_scale": NOISE_SCALE}).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.temperature = args.temperature or MODES.get(args.mode, 1.0)
+    args.out = args.out or f"out/{args.mode}"
+    out, sft = Path(args.out), args.mode == "sft"
+    if args.samples < 2 and not sft:
+        raise InputError(
+            f"--samples {args.samples}: RLOO compares the samples of a question; use 2 or more")
+    if args.model is None and not sft:
+        args.model = str(tiny_base(args))
+    elif args.model is None:
+        args.model = str(out / "init")
+        if rank == 0:
+            write_tiny_model(Path(args.model), args.seed)
+        if world > 1:
+            dist.barrier()
+    say(" ".join(f"--{k} {v}" for k, v in vars(args).items() if v is not None))
 
-def tiny_base(args, rank):
-    """The directory of the tiny base of this seed: trained by this file's own --mode sft unless it is there already."""
-    folder = Path("out") / f"base-seed{args.seed}"
-    if not (folder / "summary.json").exists():
-        blank = {k: None for k in vars(args)}
-        main(Namespace(**blank | {"mode": "sft", "seed": args.seed, "device": args.device, "out": str(folder),
-                                  "clip": args.clip, "noise_scale": args.noise_scale, "verifier": "own"}))
-    return folder / "best"
+    # Model and data
+    dtype = getattr(torch, args.dtype)
+    model, tokenizer, notes = load(args.model, torch.float32, args.device, args.prompt_file)
+    watch = Watch.build(tokenizer, model.config.vocab_size, args.device)
+    masters = distribute(model, dtype, args.device)
+    noise_std = args.noise_scale * notes["embedding_rms"]
+    notes |= {k: getattr(args, k) for k in ("noise_scale", "cot_len", "answer_len")}
+    notes["temperature"] = notes["temperature"] | ({} if sft else {args.mode: args.temperature})
+    if sft:
+        notes.pop("embedding_rms")  # RL that starts from here measures it anew
+    if args.data == "arithmetic":
+        rng = random.Random(args.seed)
+        problems = ([written_problem(rng) for _ in range(20000)] if sft
+                    else load_problems(args.data, "train", 8192))
+        val = load_problems(args.data, "val", args.val_size)
+    else:  # validation problems are the same for every seed, and never trained on
+        problems = load_problems(args.data, "train")
+        random.Random(0).shuffle(problems)
+        if len(problems) <= args.val_size:
+            raise InputError(
+                f"--val_size {args.val_size}: {args.data} has {len(problems)} problems; use fewer")
+        val, problems = problems[:args.val_size], problems[args.val_size:]
+        if sft and not all(p["solution"] for p in problems):
+            raise InputError(f"--data {args.data}: problems without solutions cannot be imitated; "
+                             "give a file with solutions, or use another --mode")
+
+    optimizer = torch.optim.AdamW(masters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    own = "hard_greedy" if sft else f"{args.mode}_greedy"
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "log.jsonl", "w") if rank == 0 else None
+    interrupts = []
+    handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(1))
+
+    def validate(step):
+        """Accuracy on the validation problems by {setting}, own greedy and hard greedy."""
+        accuracy = {}
+        with gathered(model):
+            for setting in dict.fromkeys((own, "hard_greedy")):
+                result, samples = evaluate(
+                    model, tokenizer, notes, val, setting, cot_len=args.cot_len,
+                    answer_len=args.answer_len, batch=max(64, args.micro_batch), watch=watch,
+                    temperature=notes["temperature"][setting.split("_")[0]], verifier=args.verifier)
+                accuracy[setting] = result["pass@1"]
+                for s in samples[:2] if setting == own else ():
+                    say(f"  | {s['question']} ->{s['thought']} [{s['answer']}] {s['verdict']}")
+        say(f"step {step}: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in accuracy.items()))
+        return accuracy
+
+    def save(name):
+        save_checkpoint(out / name, model, masters, dtype, args.model, notes, args, rank)
+
+    # The loop
+    base = best = validate(0)
+    save("best")
+    G, R = args.samples, args.prompts * args.samples
+    shares = [range(R * k // world, R * (k + 1) // world) for k in range(world)]
+    mine = shares[rank]  # this rank's rows, maybe a part of a group
+    bar = tqdm(total=args.steps, disable=rank > 0, desc=args.mode)
+    for step in range(args.steps):
+        batch = questions_of_step(problems, step, args.prompts, args.seed)
+        stats = torch.zeros(R, len(STATS), dtype=torch.float64)  # each line from the rank that has it
+        clock = time.perf_counter()
+
+        # 1. Sample, or read; 2. reward
+        if sft:
+            rollout = reference_rollout([batch[row // G] for row in mine], tokenizer, notes, args.device)
+            stats[mine.start:mine.stop, 0] = rollout.length.cpu()
+        else:
+            with gathered(model):
+                rollout = generate(
+                    model, tokenizer, [notes["prompt"].replace("{question}", p["question"]) for p in batch],
+                    G, args.mode, answer_greedy=False, temperature=args.temperature, noise_std=noise_std,
+                    cot_len=args.cot_len, answer_len=args.answer_len, eos=notes["eos"],
+                    seed=(args.seed, step), rows=mine, watch=watch, store_thoughts=True,
+                    entropy_every=ENTROPY_EVERY)
+            rewards = torch.tensor([reward(answer, batch[row // G]["answer"], args.verifier)
+                                    for row, answer in zip(mine, rollout.answers)])
+            slots = torch.arange(rollout.tokens.shape[1], device=args.device)
+            in_cot = slots < rollout.cot_len[:, None]  # (r, N)
+            eos = torch.isin(rollout.tokens, torch.tensor(notes["eos"], device=args.device).long())
+            columns = dict(
+                tokens=rollout.length, reward=rewards, correct=rewards == 100, unparsed=rewards == 0,
+                truncated=rollout.truncated, cot_len=rollout.cot_len, eos=(eos & in_cot).any(1),
+                entropy=rollout.entropy.masked_fill(~in_cot, math.nan).nanmean(1))
+            stats[mine.start:mine.stop] = torch.stack([columns[k].double().cpu() for k in STATS], dim=1)
+        generate_s = time.perf_counter() - clock
+        if world > 1:
+            dist.all_reduce(stats_on := stats.to(args.device))
+            stats = stats_on.cpu()
+
+        # 3. Advantage; weight is d loss / d log pi of a row's actions
+        if sft:
+            weight = torch.full((R,), -1 / stats[:, 0].sum())  # cross-entropy per token
+        else:
+            weight = -rloo(stats[:, 1].view(-1, G)).flatten() / R  # eq. 14
+        # rows without advantage are left out; every rank takes part in the same number of passes
+        scored = [[row for row in share if weight[row] != 0] for share in shares]
+        n_micro = max(-(-len(rows) // args.micro_batch) for rows in scored)
+
+        # 4. Log-prob and gradient, rows of like length together
+        clock = time.perf_counter()
+        lengths = dict(zip(mine, (rollout.prompt_len + rollout.length).tolist()))
+        rows = sorted(scored[rank], key=lengths.get)
+        loss_sum, drifts = 0.0, [torch.zeros(0, device=args.device)]
+        for i in range(n_micro):
+            part = rows[i * args.micro_batch:(i + 1) * args.micro_batch]
+            local = torch.tensor(part or [mine.start], device=args.device) - mine.start
+            ids, thoughts, kind, in_cot, sampled_logp = pack(rollout, local)
+            chosen = (kind == TOKEN) | (kind == THOUGHT)  # forced tokens have weight 0
+            w = weight[part or [0]].float().to(args.device)[:, None] * chosen * bool(part)
+            noise = None
+            if args.input_noise:  # it grows over the second half of the steps: facts are learnt first
+                scale = args.input_noise * max(0.0, 2 * step / args.steps - 1)
+                noise = input_noise(ids, model, scale, (args.seed, step, rank, i)).to(dtype)
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(i == n_micro - 1)
+            loss, logp = model.log_prob(ids, thoughts, kind == THOUGHT, w,
+                                        torch.where(in_cot, args.temperature, 1.0), noise_std, noise)
+            (loss * world).backward()  # FSDP takes the mean over ranks
+            loss_sum += loss.item()
+            drifts.append((logp - sampled_logp)[w != 0].abs())
+
+        # 5. Update
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        grad_norm = torch.zeros(())
+        if n_micro:  # else no group had two different rewards, and there is nothing to learn
+            grad_norm = torch.nn.utils.clip_grad_norm_(masters.values(), args.clip)
+            grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+            optimizer.step()
+            optimizer.zero_grad()
+            if world == 1 and dtype != torch.float32:
+                with torch.no_grad():
+                    torch._foreach_copy_(list(model.parameters()), list(masters.values()))
+        train_s = time.perf_counter() - clock
+
+        # 6. Log
+        mean, drift = dict(zip(STATS, stats.nanmean(0).tolist())), torch.cat(drifts)
+        line = {"step": step, "loss": loss_sum} if sft else {
+            "step": step, "reward": mean["reward"], "accuracy": mean["correct"],
+            "truncated": mean["truncated"], "unparsed": mean["unparsed"],
+            "zero_advantage": (weight.view(-1, G) == 0).all(1).double().mean().item(),
+            "cot_len": mean["cot_len"], "eos_in_cot": mean["eos"], "entropy": mean["entropy"],
+            "delta_logp": drift.mean().item() if len(drift) else 0.0,
+            "delta_logp_max": drift.max().item() if len(drift) else 0.0}
+        line |= {"grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"],
+                 "generate_s": generate_s, "train_s": train_s,
+                 "tokens_per_s": stats[:, 0].sum().item() / (generate_s + train_s),
+                 "peak_gb": peak_memory_gb(args.device)}
+        if rank == 0:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.update()
+            bar.write("  ".join(f"{k} {v:.3g}" for k, v in line.items()))
+
+        # 7. Evaluate and save
+        stop = step + 1 == args.steps or interrupts
+        if stop or (step + 1) % args.eval_every == 0:
+            accuracy = validate(step + 1)
+            if accuracy[own] >= best[own]:
+                best = accuracy
+                save("best")
+        if stop:
+            save("last")
+            break
+
+    bar.close()
+    signal.signal(signal.SIGINT, handler)
+    if rank == 0:
+        log.close()
+        summary = {"base": base, "final": best, "checkpoint": str(out / "best"), "steps": step + 1}
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for setting in base:
+        say(f"{setting}: {100 * base[setting]:.1f} % before, {100 * best[setting]:.1f} % after, "
+            f"on {len(val)} validation problems")
+    say(f"The checkpoint is in {out / 'best'}. Next:\n"
+        f"  python eval.py --model {out / 'best'} --data {args.data} --settings all")
 
 
 if __name__ == "__main__":
@@ -475,7 +506,10 @@ if __name__ == "__main__":
     parser.add_argument("--micro_batch", type=positive(int), help="rows per backward pass")
     parser.add_argument("--eval_every", type=positive(int), help="steps between validations")
     parser.add_argument("--val_size", type=positive(int), help="validation problems")
-    parser.add_argument("--input_noise", type=float, help="sft: most noise on input embeddings, in RMS")
-    parser.add_argument("--verifier", choices=["own", "math-verify"], default="own")
+    parser.add_argument("--input_noise", type=float,
+                        help="most noise on input embeddings, in RMS, for supervised training")
+    parser.add_argument("--verifier", choices=VERIFIERS, default="own")
     parser.add_common()
     parser.run(main)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -140,7 +140,7 @@ def fake_rollout(prompts, n):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_each_setting_runs_and_greedy_ones_take_one_sample(tiny, setting):
     model, tokenizer, notes = tiny
-    result, samples = evaluate(model, tokenizer, notes, load_problems("arithmetic", "val", 3), setting, 4, cot_len=5,
+    result, samples = evaluate(model, tokenizer, notes, load_problems("arithmetic", "val", 3), setting, 4, cot_len=5, noise_std=0.1,
                                answer_len=2)
     assert len(samples) == (3 if setting.endswith("greedy") else 12)
     assert ("pass@4" in result) == setting.endswith("sample")
