@@ -2,13 +2,13 @@
 A Llama / Qwen2 / Qwen3 transformer, its KV cache, its checkpoints, and the soft-token arithmetic.
 
     model = Transformer.from_pretrained("path/to/checkpoint", dtype=torch.bfloat16, device="cuda")
-    hidden = model(ids)                                # ids (B, T) or embeddings (B, T, D) -> (B, T, D)
-    logits = model.logits(hidden)                      # (B, T, V) float32
-    thought = model.soft_embedding(logits.softmax(-1)) # p E, the noise-free soft token, (B, T, D) float32
+    hidden = model(ids)            # ids (B, T) or embeddings (B, T, D) -> (B, T, D)
+    logits = model.logits(hidden)  # (B, T, V) float32
+    thought = model.soft_embedding(logits.softmax(-1))  # p E, without noise, (B, T, D) float32
 
 Equation numbers are those of "Soft Tokens, Hard Truths" (arXiv 2509.19170).
-Dimensions: B rows, T new positions, S positions in the cache, V vocabulary, D width, H heads, N scored positions.
-Parameter names are the names in a Hugging Face checkpoint without the leading "model.", so that loading is one prefix.
+Dimensions: B rows, T new positions, S positions in the cache, V vocabulary, D width, H heads,
+N scored positions. Parameters are named as in a Hugging Face checkpoint, less the prefix "model.".
 """
 import json
 import math
@@ -23,15 +23,15 @@ from torch import nn
 
 
 class InputError(Exception):
-    """A user's mistake; the message names the file or flag, the value and the fix, and is all that a script prints."""
+    """A user's mistake; its message, all a script prints, names the file or flag, value and fix."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration: what config.json says, in one dialect
 
 @dataclass
 class Config:
-    """The keys of config.json that shape a dense Llama, Qwen2 or Qwen3 model, under their Hugging Face names."""
+    """What shapes a dense Llama, Qwen2 or Qwen3 model: keys of config.json, under their names."""
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -43,7 +43,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    rope: dict = field(default_factory=dict)  # {"rope_type", "rope_theta", ...}: transformers 5's rope_parameters
+    rope: dict = field(default_factory=dict)  # rope_parameters of transformers 5: "rope_type", ...
     qkv_bias: bool = False  # the three places where the families differ: biases ...
     o_bias: bool = False
     mlp_bias: bool = False
@@ -51,24 +51,26 @@ class Config:
 
     @classmethod
     def from_json(cls, path):
-        """Read config.json, in the older dialect (rope_theta, rope_scaling) or that of transformers 5 (rope_parameters).
+        """Read config.json, with rope_theta and rope_scaling or transformers 5's rope_parameters.
 
-        Raises InputError, naming the file, for what this code would get wrong if it went on: other architectures,
-        quantised weights, sliding windows that are switched on, unknown rope types.
+        Raises InputError, naming the file, for what this code would get wrong if it went on: other
+        architectures, quantised weights, sliding windows that are switched on, unknown rope types.
         """
         raw = read_json(path)
 
         def refuse(key, value, supported):
-            raise InputError(f"{path}: {key} {value!r} is not supported; use a checkpoint with {supported}")
+            raise InputError(f"{path}: {key} {value!r} is not supported; "
+                             f"use a checkpoint with {supported}")
 
         family = raw.get("model_type")
         if family not in ("llama", "qwen2", "qwen3"):
             refuse("model_type", family, "model_type llama, qwen2 or qwen3")
-        if raw.get("quantization_config"):
-            refuse("quantization_config", raw["quantization_config"].get("quant_method"), "unquantised weights")
+        if quantised := raw.get("quantization_config"):
+            refuse("quantization_config", quantised.get("quant_method"), "unquantised weights")
         if raw.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", raw["hidden_act"], "hidden_act silu")
-        windowed = raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 0)
+        full_layers, n_layers = raw.get("max_window_layers", 28), raw.get("num_hidden_layers", 0)
+        windowed = raw.get("use_sliding_window") and full_layers < n_layers
         if windowed or "sliding_attention" in (raw.get("layer_types") or []):
             refuse("use_sliding_window", True, "full attention in every layer")
 
@@ -77,34 +79,40 @@ class Config:
         rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
         if rope["rope_type"] not in ("default", "linear", "llama3"):
             refuse("rope_type", rope["rope_type"], "rope_type default, linear or llama3")
+        partial = raw.get("partial_rotary_factor")
         if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1:
-            refuse("partial_rotary_factor", raw.get("partial_rotary_factor"), "rotary embedding on whole heads")
+            refuse("partial_rotary_factor", partial, "rotary embedding on whole heads")
 
         try:
             heads = raw["num_attention_heads"]
             bias = bool(raw.get("attention_bias", False))
+            required = ("model_type", "vocab_size", "hidden_size", "intermediate_size",
+                        "num_hidden_layers", "num_attention_heads")
+            optional = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
             return cls(
-                **{key: raw[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size",
-                                             "num_hidden_layers", "num_attention_heads")},
+                **{key: raw[key] for key in required},
+                **{key: raw[key] for key in optional if key in raw},
                 num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads),
-                rms_norm_eps=raw.get("rms_norm_eps", cls.rms_norm_eps),
-                max_position_embeddings=raw.get("max_position_embeddings", cls.max_position_embeddings),
-                tie_word_embeddings=raw.get("tie_word_embeddings", False), rope=rope,
+                head_dim=raw.get("head_dim") or (
+                    128 if family == "qwen3" else raw["hidden_size"] // heads),
                 qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
-                mlp_bias=family == "llama" and raw.get("mlp_bias", False), qk_norm=family == "qwen3")
+                mlp_bias=family == "llama" and raw.get("mlp_bias", False),
+                qk_norm=family == "qwen3", rope=rope)
         except KeyError as e:
-            raise InputError(f"{path}: {e.args[0]} is missing; is this the config.json of a {family} model?") from None
+            raise InputError(f"{path}: {e.args[0]} is missing; "
+                             f"is this the config.json of a {family} model?") from None
 
     def to_json(self):
         """The dict that from_json and transformers 4 and 5 read back."""
-        same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-                "model_type", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+        same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "head_dim", "model_type", "num_key_value_heads",
+                "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
         name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[self.model_type]
         scaling = None if self.rope["rope_type"] == "default" else self.rope
         out = {key: getattr(self, key) for key in same}
-        out |= {"architectures": [f"{name}ForCausalLM"], "hidden_act": "silu", "use_sliding_window": False,
-                "rope_parameters": self.rope, "rope_theta": self.rope["rope_theta"], "rope_scaling": scaling}
+        out |= {"architectures": [f"{name}ForCausalLM"], "hidden_act": "silu",
+                "use_sliding_window": False, "rope_parameters": self.rope,
+                "rope_theta": self.rope["rope_theta"], "rope_scaling": scaling}
         if self.model_type != "qwen2":
             out["attention_bias"] = self.qkv_bias
         return out | ({"mlp_bias": self.mlp_bias} if self.model_type == "llama" else {})
@@ -115,30 +123,33 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the directory of a Hugging Face checkpoint") from None
+        raise InputError(f"{path}: no such file; "
+                         "give the directory of a Hugging Face checkpoint") from None
     except (ValueError, OSError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); download the file again") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The fused soft-embedding path
 
 class WeightedLogProb(torch.autograd.Function):
-    """sum_n weight_n log pi(action_n | hidden_n) and every log pi, in one pass that never holds an (N, V) tensor.
+    """sum_n weight_n log pi(action_n | hidden_n) and every log pi, never holding an (N, V) tensor.
 
-    A policy gradient knows the weight of every log-prob beforehand: it is minus the advantage. So each chunk of rows
-    forms its gradients while its softmax is at hand, instead of computing the softmax again in the backward pass.
-    With z = h W^T / tau and p = softmax(z) (eq. 3):
-      token a:    log pi = z_a - logsumexp(z)                                        d/dz = onehot(a) - p
-      thought a:  log pi = -|a - p E|^2 / (2 sigma^2) - D log(sigma sqrt(2 pi))      (eq. 10)
-                  with r = (a - p E) / sigma^2:   d/dE = p^T r,   d/dp = r E^T,   d/dz = p * (d/dp - sum(p * d/dp))
+    A policy gradient knows the weight of every log-prob beforehand: it is minus the advantage. So
+    each chunk of rows forms its gradients while its softmax is at hand, instead of computing the
+    softmax again in the backward pass. With z = h W^T / tau and p = softmax(z) (eq. 3):
+      token a:   log pi = z_a - logsumexp(z)                                    d/dz = onehot(a) - p
+      thought a: log pi = -|a - p E|^2 / (2 sigma^2) - D log(sigma sqrt(2 pi))  (eq. 10)
+                 with r = (a - p E) / sigma^2:
+                 d/dE = p^T r,   d/dp = r E^T,   d/dz = p * (d/dp - sum(p * d/dp))
     """
     CHUNK = 256
 
     @staticmethod
     def forward(ctx, hidden, lm_head, embed, action, weight, temperature, noise_std, with_grad):
-        """hidden (N, D); lm_head, embed (V, D), the same tensor if tied; action (N,) int64 tokens or (N, D) thoughts;
-        weight (N,); temperature float or (N,); noise_std float. Returns the weighted sum and logp (N,), in float32."""
+        """hidden (N, D); lm_head, embed (V, D), the same tensor if tied; action (N,) int64 tokens
+        or (N, D) thoughts; weight (N,); temperature float or (N,); noise_std float.
+        Returns the weighted sum and logp (N,), in float32."""
         wide, narrow = torch.promote_types(hidden.dtype, torch.float32), hidden.dtype
         is_thought, tied = action.dim() == 2, lm_head.data_ptr() == embed.data_ptr()
         logp = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -173,7 +184,8 @@ class WeightedLogProb(torch.autograd.Function):
                 dp -= torch.linalg.vecdot(dp, p)[:, None]
                 dz = dp.mul_(p).div_(tau).to(narrow)
             else:
-                dz = p.mul_(-w / tau).scatter_add_(-1, a[:, None], (w / tau).expand_as(chosen)).to(narrow)
+                at_token = (w / tau).expand_as(chosen)
+                dz = p.mul_(-w / tau).scatter_add_(-1, a[:, None], at_token).to(narrow)
             grad_hidden[rows] = dz @ lm_head
             if is_thought and tied:  # both terms of the one table in one matmul
                 grad_head += torch.cat((dz, p_narrow)).T @ torch.cat((h, g))
@@ -191,45 +203,47 @@ class WeightedLogProb(torch.autograd.Function):
         grads = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
         return *grads, None, None, None, None, None
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # The transformer
 
 def rope_frequencies(config):
     """Angle per position of each rotated pair of coordinates, (head_dim / 2,) float32.
 
-    "linear" slows every angle by `factor`; "llama3" slows only wavelengths longer than the original context,
-    leaves those much shorter alone, and interpolates between (Llama 3.1's rule).
+    "linear" slows every angle by `factor`; "llama3" slows only wavelengths longer than the original
+    context, leaves those much shorter alone, and interpolates between (Llama 3.1's rule).
     """
     rope = config.rope
-    freq = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    freq = rope["rope_theta"] ** -exponent
     if rope["rope_type"] == "linear":
         freq = freq / rope["factor"]
     if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)  # rotations within the old context
+        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)  # per old context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / rope["factor"]
     return freq
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, T, H, head_dim); the two halves of a head hold the pairs' coordinates."""
+    """Rotary embedding of x (B, T, H, head_dim); a head's halves hold the pairs' coordinates."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 class KVCache:
-    """Keys and values of all positions so far: per layer a pair (B, H, S, head_dim), in buffers that grow by blocks.
+    """Keys and values so far: per layer a pair (B, H, S, head_dim), in buffers that grow by blocks.
 
-    Rows are aligned at the right: all of them end at column `length`, and a shorter row has unused columns on its left,
-    which the caller hides with `key_mask`.
+    Rows are aligned at the right: all of them end at column `length`, and a shorter row has unused
+    columns on its left, which the caller hides with `key_mask`.
     """
 
     def __init__(self, block=64):
         self.block, self.length, self.buffers = block, 0, []
 
     def append(self, layer, k, v):
-        """Write new k, v (B, H, T, head_dim) behind the cached ones; return views of all, (B, H, S + T, head_dim)."""
+        """Add new k, v (B, H, T, head_dim); return views of all so far, (B, H, S + T, head_dim)."""
         end = self.length + k.shape[2]
         if layer == len(self.buffers):
             self.buffers.append((k[:, :, :0], v[:, :, :0]))
@@ -241,22 +255,24 @@ class KVCache:
         return tuple(b[:, :, :end] for b in self.buffers[layer])
 
     def keep(self, rows, start=0):
-        """Replace the batch by the given rows (1-D index, repeats allowed), without the columns before `start`."""
+        """Keep only the given rows (1-D index, repeats allowed) and the columns from `start` on."""
         self.buffers = [tuple(b[rows, :, start:self.length] for b in pair) for pair in self.buffers]
         self.length -= start
 
     def expand(self, n):
-        """Repeat every row n times, in place: row b becomes rows b n ... b n + n - 1 (n samples of one prompt)."""
-        self.keep(torch.arange(len(self.buffers[0][0]), device=self.buffers[0][0].device).repeat_interleave(n))
+        """Repeat every row n times, in place: row b becomes rows b n ... b n + n - 1."""
+        keys = self.buffers[0][0]
+        self.keep(torch.arange(len(keys), device=keys.device).repeat_interleave(n))
 
     def join(self, other):
-        """Add the rows of another cache below these; the shorter cache gets unused columns on its left."""
+        """Add another cache's rows below these; the shorter one gets unused columns on its left."""
         length = max(self.length, other.length)
 
         def aligned(cache, b):
             return F.pad(b[:, :, :cache.length], (0, 0, length - cache.length, 0))
-        self.buffers = [tuple(torch.cat((aligned(self, a), aligned(other, b))) for a, b in zip(*pairs))
-                        for pairs in zip(self.buffers, other.buffers)]
+        self.buffers = [
+            tuple(torch.cat((aligned(self, a), aligned(other, b))) for a, b in zip(*pairs))
+            for pairs in zip(self.buffers, other.buffers)]
         self.length = length
 
 
@@ -275,14 +291,16 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
-        q = rotate(self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)), *rope).transpose(1, 2)  # (B, H, T, hd)
-        k = rotate(self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)), *rope).transpose(1, 2)  # (B, H_kv, T, hd)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        heads = B, T, -1, self.head_dim
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), *rope).transpose(1, 2)  # (B, H, T, hd)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rope).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H_kv, T, hd), like k
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H_kv, S, hd)
-        if T == 1:  # one position: the query heads of a shared key head are simply several queries to it
+        if T == 1:  # the query heads of a shared key head are simply several queries to it
             q = q.reshape(B, self.n_kv, -1, self.head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=T > 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=T > 1,
+                                             is_causal=mask is None and T > 1)
         out = out.reshape(B, 1, -1) if T == 1 else out.transpose(1, 2).reshape(B, T, -1)
         return self.o_proj(out)
 
@@ -314,7 +332,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model, from token ids or input embeddings to hidden states, logits, soft tokens and log-probs."""
+    """From token ids or input embeddings to hidden states, logits, soft tokens and log-probs."""
 
     def __init__(self, config):
         super().__init__()
@@ -325,11 +343,11 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        with torch.device("cpu"):  # a plain tensor, not a buffer: .to(bfloat16) must not round the angles
+        with torch.device("cpu"):  # not a buffer: .to(bfloat16) must not round the angles
             self.frequencies = rope_frequencies(config)
 
     def init_weights(self, generator=None, std=0.02):
-        """Random initialisation for training from scratch: normal matrices, those that end a residual branch smaller."""
+        """Random initialisation: normal matrices, smaller where they end a residual branch."""
         for name, p in self.named_parameters():
             branch_end = name.endswith(("o_proj.weight", "down_proj.weight"))
             scale = std / math.sqrt(2 * self.config.num_hidden_layers) if branch_end else std
@@ -343,10 +361,10 @@ class Transformer(nn.Module):
         """Hidden states after the final norm.
 
         x         (B, T) int64 token ids, or (B, T, D) input embeddings in the model's dtype
-        cache     KVCache with S columns, to which the T new positions are added; None: there is no past
+        cache     KVCache with S columns, to which the T new positions are added; None: no past
         positions (B, T) int64, the rotary positions; default: S, S + 1, ... for every row
-        key_mask  (B, S + T) bool, False for columns that hold nothing (left padding); default: all True
-        returns   (B, T, D) in the model's dtype; rows of padding positions are finite and meaningless
+        key_mask  (B, S + T) bool, False where a column is unused (left padding); default: all True
+        returns   (B, T, D) in the model's dtype; finite and meaningless at padding positions
         """
         h = x if x.is_floating_point() else self.embed_tokens(x)
         T, past = h.shape[1], cache.length if cache is not None else 0
@@ -360,9 +378,10 @@ class Transformer(nn.Module):
         if T == 1 and key_mask is not None:
             mask = key_mask[:, None, None]  # (B, 1, 1, S + 1)
         elif T > 1 and (past or key_mask is not None):
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)  # query t sees keys <= past + t
-            if key_mask is not None:  # a padding position still sees itself: an empty softmax would be NaN
-                itself = torch.zeros_like(mask).diagonal_scatter(torch.ones(T, dtype=torch.bool, device=h.device), past)
+            ones = torch.ones(T, past + T, dtype=torch.bool, device=h.device)
+            mask = ones.tril(past)  # query t sees keys <= past + t
+            if key_mask is not None:  # padding still sees itself: an empty softmax would be NaN
+                itself = mask & ones.triu(past)
                 mask = (mask & key_mask[:, None, None]) | itself  # (B, 1, T, S + T)
 
         for i, block in enumerate(self.layers):
@@ -376,24 +395,25 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.lm_head.weight).float()
 
     def soft_embedding(self, probs):
-        """The mixture of embeddings h0 = p E (eq. 5) of probs (..., V) float32: (..., D) float32."""
-        return (probs.to(self.embed_tokens.weight.dtype) @ self.embed_tokens.weight).float()
+        """The mixture of embeddings h0 = p E (eq. 5) of probs (..., V): (..., D), both float32."""
+        embed = self.embed_tokens.weight
+        return (probs.to(embed.dtype) @ embed).float()
 
     def log_prob(self, ids, thoughts, is_thought, weight, temperature, noise_std, input_noise=None):
-        """Log-probabilities of recorded actions, and the weighted sum of them that policy gradient differentiates.
+        """Log-probs of recorded actions, and the weighted sum that policy gradient differentiates.
 
         ids         (B, T) int64: the whole row, prompt included, padded at the right with anything
-        thoughts    (B, T, D) the noisy embeddings that were fed, read where is_thought; None if there are none
+        thoughts    (B, T, D) the noisy embeddings that were fed, read where is_thought; or None
         is_thought  (B, T) bool: where the action is a noisy embedding and not a token
-        weight      (B, T) float32: d loss / d log pi of the action at each position; 0 where nothing was chosen
-        temperature that of the thoughts or, in hard mode, of the CoT tokens: float, or (B, T) float32
+        weight      (B, T) float32: d loss / d log pi of each action; 0 where nothing was chosen
+        temperature of the thoughts or, in hard mode, of the CoT tokens: float, or (B, T) float32
         noise_std   standard deviation of the thoughts' noise per coordinate, > 0
         input_noise (B, T, D) added to the input embeddings (noisy supervised training), or None
-        returns     loss = sum(weight * logp), a scalar with gradients; and logp (B, T) float32 without them, 0 where
-                    weight is 0
+        returns     loss = sum(weight * logp), a scalar with gradients; and logp (B, T) float32
+                    without them, 0 where weight is 0
         """
         x = self.embed_tokens(ids)
-        if thoughts is not None:  # the stored inputs are constants: no backprop through time (eq. 10)
+        if thoughts is not None:  # stored inputs are constants: no backprop through time (eq. 10)
             x = torch.where(is_thought[..., None], thoughts.detach(), x)
         if input_noise is not None:
             x = x + input_noise
@@ -408,20 +428,21 @@ class Transformer(nn.Module):
             action = thoughts[chosen] if thought else ids[chosen]
             tau = temperature[chosen] if torch.is_tensor(temperature) else temperature
             part, logp[chosen] = WeightedLogProb.apply(
-                hidden[chosen[:, 1:]], self.lm_head.weight, self.embed_tokens.weight, action, weight[chosen], tau,
-                noise_std, torch.is_grad_enabled())
+                hidden[chosen[:, 1:]], self.lm_head.weight, self.embed_tokens.weight, action,
+                weight[chosen], tau, noise_std, torch.is_grad_enabled())
             loss = loss + part
         return loss, logp
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a Hugging Face directory: config.json and model.safetensors, or shards with their index.
+        """Load a Hugging Face directory: config.json and model.safetensors, or indexed shards.
 
-        Raises InputError, naming the tensor or key, for anything missing, extra, misshapen or unsupported.
+        Raises InputError naming the tensor or key that is missing, extra, misshapen or unsupported.
         """
         path = Path(path)
         if not path.is_dir():
-            raise InputError(f"{path}: no such directory; give the directory of a Hugging Face checkpoint")
+            raise InputError(f"{path}: no such directory; "
+                             "give the directory of a Hugging Face checkpoint")
         config = Config.from_json(path / "config.json")
         with torch.device("meta"):
             model = cls(config)
@@ -434,7 +455,7 @@ class Transformer(nn.Module):
     def save_pretrained(self, path, state=None):
         """Write config.json and model.safetensors as transformers and vLLM read them.
 
-        state: {parameter name: tensor} to write instead of this model's own, as gathered from shards.
+        state: {parameter name: tensor} to write instead of the model's own, gathered from shards.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -442,15 +463,17 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         dtype = str(state["embed_tokens.weight"].dtype).removeprefix("torch.")
-        state = {k if k == "lm_head.weight" else f"model.{k}": v.detach().contiguous() for k, v in state.items()}
+        state = {k if k == "lm_head.weight" else f"model.{k}": v.detach().contiguous()
+                 for k, v in state.items()}
         save_file(state, path / "model.safetensors", metadata={"format": "pt"})
         config = self.config.to_json() | {"dtype": dtype, "torch_dtype": dtype}
         eos = eos_token_ids(path)  # generation_config.json, copied beforehand, knows the end tokens
-        (path / "config.json").write_text(json.dumps(config | ({"eos_token_id": eos} if eos else {}), indent=2) + "\n")
+        config |= {"eos_token_id": eos} if eos else {}
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def eos_token_ids(path):
-    """End-of-sequence ids, a list: from generation_config.json, else config.json (each holds one, a list or none)."""
+    """End-of-sequence ids as a list, from generation_config.json, else config.json; [] if none."""
     for name in ("generation_config.json", "config.json"):
         if (Path(path) / name).exists():
             eos = read_json(Path(path) / name).get("eos_token_id")
@@ -460,14 +483,15 @@ def eos_token_ids(path):
 
 
 def read_weights(path, expected, tied, dtype, device):
-    """Read the tensors of a checkpoint directory for the state dict `expected` (meta tensors), strictly."""
+    """Read a checkpoint directory's tensors for the state dict `expected` (on meta), strictly."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(read_json(index)["weight_map"].values()))
     elif (path / "model.safetensors").exists():
         files = ["model.safetensors"]
     else:
-        raise InputError(f"{path}: no model.safetensors and no {index.name}; give a checkpoint in safetensors format")
+        raise InputError(f"{path}: no model.safetensors and no {index.name}; "
+                         "give a checkpoint in safetensors format")
     state = {}
     for file in files:
         try:
@@ -475,19 +499,21 @@ def read_weights(path, expected, tied, dtype, device):
                 for key in f.keys():
                     name = key.removeprefix("model.")
                     if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
-                        continue  # harmless extras: tables of old Llama files, a second copy of a tied matrix
+                        continue  # harmless: tables of old Llama files, a tied matrix's second copy
+                    what = f"{path / file}: tensor {key}"
                     if name not in expected:
-                        raise InputError(f"{path / file}: tensor {key} is unknown to config.json's architecture; "
+                        raise InputError(f"{what} is unknown to config.json's architecture; "
                                          "use the config.json that belongs to these weights")
-                    tensor = f.get_tensor(key)
-                    if tensor.shape != expected[name].shape:
-                        raise InputError(f"{path / file}: tensor {key} has shape {tuple(tensor.shape)}, config.json "
-                                         f"says {tuple(expected[name].shape)}; use the one that belongs to these weights")
+                    tensor, shape = f.get_tensor(key), tuple(expected[name].shape)
+                    if tensor.shape != shape:
+                        raise InputError(f"{what} has shape {tuple(tensor.shape)}, config.json "
+                                         f"says {shape}; use the one that belongs to these weights")
                     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-                        raise InputError(f"{path / file}: tensor {key} is {tensor.dtype}; use unquantised weights")
+                        raise InputError(f"{what} is {tensor.dtype}; use unquantised weights")
                     state[name] = tensor.to(dtype)
         except (SafetensorError, OSError) as e:
-            raise InputError(f"{path / file}: not readable as safetensors ({e}); download the file again") from None
+            raise InputError(f"{path / file}: not readable as safetensors ({e}); "
+                             "download the file again") from None
     if tied and "embed_tokens.weight" in state:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     missing = sorted(expected.keys() - state.keys())
