@@ -1,11 +1,12 @@
 """
 Tasks, the verifier, and what is measured: pass@1 and pass@k of a checkpoint in the six settings.
 
-    python eval.py --model out/soft/best                                     # the tiny model on arithmetic
+    python eval.py --model out/soft/best    # the tiny model on arithmetic
     python eval.py --model path/to/Llama-3.2-3B-Instruct --data gsm8k --settings all --samples 32
     python eval.py --model path/to/model --data my_problems.jsonl --settings hard_greedy --limit 100
 
-A problem is {"question", "answer", "solution"}. Files are JSON lines; the public ones are downloaded to data/ when missing.
+A problem is {"question", "answer", "solution"}. Files are JSON lines; the public ones are
+downloaded to data/ when they are missing.
 """
 import hashlib
 import json
@@ -29,17 +30,22 @@ from sample import SETTINGS, STOP, Parser, Watch, generate, load, positive
 
 GITHUB = "https://raw.githubusercontent.com"
 GSM8K = f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data"
-FILES = {  # (task, split): file in data/, public address, SHA-256 where the file never changes
-    ("gsm8k", "train"): ("gsm8k_train.jsonl", f"{GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-    ("gsm8k", "test"): ("gsm8k_test.jsonl", f"{GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-    ("math", "train"): (  # MATH without MATH-500: the original archive is no longer served
-        "math_train.jsonl", "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/"
-        "train.jsonl", None),
+PRM800K = "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits"
+FILES = {  # (task, split): file in data/, public address, SHA-256 where it is known
+    ("gsm8k", "train"): (
+        "gsm8k_train.jsonl", f"{GSM8K}/train.jsonl",
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+    ("gsm8k", "test"): (
+        "gsm8k_test.jsonl", f"{GSM8K}/test.jsonl",
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    ("math", "train"): (  # MATH without MATH-500; the original archive is no longer served
+        "math_train.jsonl", f"{PRM800K}/train.jsonl", None),
     ("math500", "test"): (
-        "math500.jsonl", "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/"
-        "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
+        "math500.jsonl", f"{PRM800K}/test.jsonl",
+        "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
     ("mawps", "test"): (
-        "mawps.jsonl", f"{GITHUB}/QwenLM/Qwen2.5-Math/main/evaluation/data/mawps/test.jsonl", "00ffe31161be8623a3d36741830edbba87a3aee0109f693810fe40b9d5d91b8b"),
+        "mawps.jsonl", f"{GITHUB}/QwenLM/Qwen2.5-Math/main/evaluation/data/mawps/test.jsonl",
+        "00ffe31161be8623a3d36741830edbba87a3aee0109f693810fe40b9d5d91b8b"),
 }
 ARITHMETIC_DIGITS = 3, 4  # least and most in a chain
 TASKS = ["arithmetic", *dict.fromkeys(task for task, _ in FILES)]
@@ -62,16 +68,17 @@ def download(url, path, sha256):
             raise OSError("the file's SHA-256 is not the expected one")
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot download {url} ({e}); fetch that address yourself and put it there") from None
+        raise InputError(f"{path}: cannot download {url} ({e}); fetch that address yourself and "
+                         "put it there") from None
     part.replace(path)
 
 
 def load_problems(data, split, n_arithmetic=512):
-    """The problems of a task name or a PATH.jsonl of {question|problem|input, answer|target, solution?}.
+    """The problems of a task, or of a PATH.jsonl of {question|problem|input, answer|target}.
 
-    split: "train", "val" or "test"; where a task has one file only, all splits are that file, except
-    for arithmetic, whose splits are disjoint by construction.
-    Returns a list of {"question", "answer", "solution"} strings. Raises InputError, naming the line.
+    split: "train", "val" or "test". A task of one file has that file for every split; arithmetic's
+    splits are disjoint by construction. Returns a list of {"question", "answer", "solution"}
+    strings. Raises InputError, naming the line.
     """
     if data == "arithmetic":
         rng, problems = random.Random(split), {}
@@ -81,19 +88,22 @@ def load_problems(data, split, n_arithmetic=512):
                 problems[problem["question"]] = problem
         return list(problems.values())
     if data in TASKS:
-        file, url, sha256 = FILES.get((data, split)) or next(v for (task, _), v in FILES.items() if task == data)
+        only = next(entry for (task, _), entry in FILES.items() if task == data)
+        file, url, sha256 = FILES.get((data, split), only)
         path = Path("data") / file
         if not path.exists():
             download(url, path, sha256)
     else:
         path = Path(data)
         if path.suffix != ".jsonl":
-            raise InputError(f"--data {data}: neither a task ({', '.join(TASKS)}) nor a file that ends in .jsonl")
+            raise InputError(f"--data {data}: neither a task ({', '.join(TASKS)}) nor a file that "
+                             "ends in .jsonl; give one of these")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"--data {path}: not readable ({e}); give a readable file of JSON lines") from None
-    problems = [read_problem(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+        raise InputError(f"--data {path}: not readable ({e}); give a file of JSON lines") from None
+    problems = [read_problem(line, f"{path}:{i}")
+                for i, line in enumerate(lines, 1) if line.strip()]
     empty = sum(not p["answer"] for p in problems)
     if empty:
         print(f"{path}: {empty} problems with an empty answer are left out")
@@ -113,12 +123,14 @@ def read_problem(line, where):
     question = next((row[k] for k in ("question", "problem", "input") if k in keys), None)
     answer = next((row[k] for k in ("answer", "target") if k in keys), None)
     if question is None or answer is None:
-        raise InputError(f"{where}: a problem needs question (or problem, input) and answer (or target); add them")
+        raise InputError(f"{where}: a problem needs question (or problem, input) and answer (or "
+                         "target); add them")
     solution, answer = row.get("solution", ""), str(answer).strip()
     if "####" in answer:  # GSM8K: reasoning with <<calculator>> notes, then #### and the number
         solution, answer = answer.split("####")
         solution = re.sub(r"<<.*?>>", "", solution)
-    return {"question": str(question).strip(), "answer": answer.strip(), "solution": str(solution).strip()}
+    fields = {"question": question, "answer": answer, "solution": solution}
+    return {k: str(v).strip() for k, v in fields.items()}
 
 
 # Chains of digits with + - *, worked from left to right modulo 10: "3+4*2" is (3+4)*2 = 14, so 4.
@@ -129,7 +141,8 @@ def arithmetic_split(question):
 
 
 def arithmetic_problem(rng, careless=0.0):
-    """A random problem with a solution that shows every step; at each, a careless writer may read the sign as +."""
+    """A random problem with a solution that shows every step; at each, the writer takes the sign
+    for a plus with probability `careless`."""
     value = rng.randrange(10)
     question, steps = str(value), []
     for _ in range(rng.randint(*ARITHMETIC_DIGITS) - 1):
@@ -142,15 +155,15 @@ def arithmetic_problem(rng, careless=0.0):
 
 
 def worked_text(problem):
-    """A reference solution in the form that the prompt asks for; supervised training imitates it."""
+    """A reference solution in the form that the prompt asks for, which mode sft imitates."""
     return f" {problem['solution']} {STOP} \\boxed{{{problem['answer']}}}."
 
 
 # --------------------------------------------------------------------------------------------------
 # The verifier: are two final answers the same number, expression, tuple, set, interval or word?
 #
-# LaTeX is parsed and computed by the small recursive-descent parser below, exactly (Fraction) where that is possible,
-# else in floating point; expressions with letters are compared at random points. Nothing is ever executed.
+# LaTeX is parsed and computed by the recursive-descent parser below, exactly (Fraction) where that
+# is possible, else in floating point; expressions with letters are compared at random points.
 
 VERIFIERS = ("own", "math-verify")
 
@@ -159,10 +172,12 @@ class Unreadable(ValueError):
     """The text is no mathematical expression that the parser knows."""
 
 
-FUNCTIONS = {"sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log, "log": math.log10, "exp": math.exp,
-             "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "cot": lambda x: 1 / math.tan(x),
-             "sec": lambda x: 1 / math.cos(x), "csc": lambda x: 1 / math.sin(x)}
-TOKEN_PATTERN = re.compile(r"\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_(?:\w|\{\w+\}))?|[-+*/^!(){}\[\]|]")
+FUNCTIONS = {
+    "sin": math.sin, "cos": math.cos, "tan": math.tan, "cot": lambda x: 1 / math.tan(x),
+    "sec": lambda x: 1 / math.cos(x), "csc": lambda x: 1 / math.sin(x), "arcsin": math.asin,
+    "arccos": math.acos, "arctan": math.atan, "ln": math.log, "log": math.log10, "exp": math.exp}
+TOKEN_PATTERN = re.compile(  # number, command, letter with an index, sign or bracket
+    r"\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_(?:\w|\{\w+\}))?|[-+*/^!(){}\[\]|]")
 GREEK = {"alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "phi", "omega", "sigma"}
 MAX_CHARS, MAX_DEPTH, MAX_BITS = 400, 40, 4096  # what a hostile answer may cost
 
@@ -171,9 +186,13 @@ def exact(x):
     return isinstance(x, Fraction)
 
 
+def whole(x):
+    return exact(x) and x.denominator == 1
+
+
 def power(a, b):
     """a ** b, exact for rational a and integer b, within MAX_BITS."""
-    if exact(a) and exact(b) and b.denominator == 1:
+    if exact(a) and whole(b):
         bits = max(a.numerator.bit_length(), a.denominator.bit_length())
         if bits * abs(b.numerator) > MAX_BITS:
             raise Unreadable("power too large")
@@ -183,7 +202,7 @@ def power(a, b):
 
 def root(a, n):
     """The n-th root; of a negative number the real one, if n is odd."""
-    if exact(a) and exact(n) and n.denominator == 1 and n % 2 and a < 0:
+    if exact(a) and whole(n) and n % 2 and a < 0:
         return -root(-a, n)
     if exact(a) and a >= 0 and n == 2:
         r = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
@@ -247,7 +266,7 @@ class Expression:
         base = self.atom()
         while self.peek() in ("^", "!"):
             if self.take() == "!":
-                if not exact(base) or base.denominator != 1 or not 0 <= base <= 200:
+                if not whole(base) or not 0 <= base <= 200:
                     raise Unreadable("factorial")
                 base = Fraction(math.factorial(int(base)))
             else:
@@ -264,10 +283,9 @@ class Expression:
         token = self.take()
         if token[0].isdigit() or token[0] == ".":
             number = Fraction(token if token[-1] != "." else token[:-1])
-            if self.peek() == "\\frac" and exact(number) and number.denominator == 1:  # a mixed number: 2\frac{1}{3}
-                plain = re.match(r"\\frac\{\d+\}\{\d+\}$", "".join(self.tokens[self.at:self.at + 7]))
-                return number + self.atom() if plain else number
-            return number
+            mixed = number.denominator == 1 and re.fullmatch(  # 2\frac{1}{3}
+                r"\\frac\{\d+\}\{\d+\}", "".join(self.tokens[self.at:self.at + 7]))
+            return number + self.atom() if mixed else number
         if token in ("(", "{", "["):
             return self.group({"(": ")", "{": "}", "[": "]"}[token])
         if token == "|":
@@ -279,9 +297,9 @@ class Expression:
             bottom = self.group("}")
             if token == "\\frac":
                 return top / bottom
-            if not (exact(top) and exact(bottom) and top.denominator == bottom.denominator == 1 and 0 <= top <= 200):
-                raise Unreadable("binom")
-            return Fraction(math.comb(int(top), int(bottom)))
+            if whole(top) and whole(bottom) and 0 <= bottom and 0 <= top <= 200:
+                return Fraction(math.comb(int(top), int(bottom)))
+            raise Unreadable("binom")
         if token == "\\sqrt":
             n = Fraction(2)
             if self.peek() == "[":
@@ -310,20 +328,22 @@ class Expression:
         raise Unreadable(token)
 
 
-
-SPELLINGS = [  # LaTeX that changes the look and not the value, in the order in which it is rewritten
-    (r"\{,\}|,\\!\s*", ","), (r"\\left|\\right|\\[bB]igg?[lr]?(?![a-z])|\\displaystyle|(?<!\\)\\[!,;: ]|\\quad|\\?\$|~", " "),
-    (r"\\[dtc]frac", r"\\frac"), (r"\\mathrm|\\mathbf|\\textbf|\\textit|\\mbox|\\operatorname", r"\\text"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", ""), (r"−|–", "-"), (r"×", r"\\times"), (r"π", r"\\pi"), (r"∞", r"\\infty"),
-    (r"√", r"\\sqrt"), (r"\\(?:leq|leqslant|le)(?![a-z])|≤", "<="), (r"\\(?:geq|geqslant|ge)(?![a-z])|≥", ">="),
-    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"∪", r"\\cup"), (r"\\in(?![a-z])|∈", "="),
-    (r"\\[lr]brace|\\([{}])", lambda m: "@{" if m[0] in ("\\{", "\\lbrace") else "@}"), (r"\*\*", "^"), (r"_\{(\w)\}", r"_\1"),
-    (r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}", ","), (r"\\%", "%"),
-    (r"\\frac\s*([\da-z])\s*([\da-z])", r"\\frac{\1}{\2}"), (r"\\frac\s*([\da-z])\s*\{", r"\\frac{\1}{"),
-    (r"(\\frac\{[^{}]*\})\s*([\da-z])", r"\1{\2}"), (r"\\sqrt\s*([\da-z])", r"\\sqrt{\1}"),
+SPELLINGS = [  # LaTeX that changes the look and not the value, in the order of rewriting
+    (r"\{,\}|,\\!\s*", ","), (r"(?<!\\)\\[!,;: ]|\\quad|\\displaystyle|\\?\$|~", " "),
+    (r"\\left|\\right|\\[bB]igg?[lr]?(?![a-z])", " "), (r"\\[dtc]frac", r"\\frac"),
+    (r"\\mathrm|\\mathbf|\\textbf|\\textit|\\mbox|\\operatorname", r"\\text"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", ""), (r"−|–", "-"), (r"×", r"\\times"),
+    (r"π", r"\\pi"), (r"∞", r"\\infty"), (r"√", r"\\sqrt"), (r"∪", r"\\cup"), (r"\*\*", "^"),
+    (r"\\(?:leq|leqslant|le)(?![a-z])|≤", "<="), (r"\\(?:geq|geqslant|ge)(?![a-z])|≥", ">="),
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\in(?![a-z])|∈", "="),
+    (r"\\\{|\\lbrace", "@{"), (r"\\\}|\\rbrace", "@}"), (r"_\{(\w)\}", r"_\1"), (r"\\%", "%"),
+    (r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}", ","),
+    (r"\\frac\s*([\da-z])\s*([\da-z])", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*([\da-z])\s*\{", r"\\frac{\1}{"), (r"\\sqrt\s*([\da-z])", r"\\sqrt{\1}"),
+    (r"(\\frac\{[^{}]*\})\s*([\da-z])", r"\1{\2}"), (r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
-    (r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
 ]
+PM = "\\pm"
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 
 
@@ -332,17 +352,16 @@ def simplify(text):
     text = " ".join(text.split()).strip(" .;$")
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
-    whole = re.fullmatch(r"\s*\\text\s*\{([^{}]*)\}\s*", text)
-    if whole:
-        text = whole[1]
-    text = re.sub(r"\\text\s*\{[^{}]*\}(?:\^\{?\d\}?)?", " ", text)  # units behind a number, words around it
-    text = re.sub(r"(?<=[\d})])\s+[A-Za-z][A-Za-z]+(?:[ ./^-]*[A-Za-z\d]+)*\.?$", "", text)
+    words = re.fullmatch(r"\s*\\text\s*\{([^{}]*)\}\s*", text)
+    text = words[1] if words else text
+    text = re.sub(r"\\text\s*\{[^{}]*\}(?:\^\{?\d\}?)?", " ", text)  # units, words around a number
+    text = re.sub(r"(?<=[\d})])\s+[A-Za-z]{2}[A-Za-z\d ./^-]*$", "", text)
     choice = re.fullmatch(r"\s*\(([A-Z])\)\s*", text)
     return re.sub(r"\s+", " ", choice[1] if choice else text).strip(" .")
 
 
 def split_top(text, separator):
-    """Split at separators that stand outside all brackets: split_top("(1,2),3", ",") == ["(1,2)", "3"]."""
+    """Split at separators outside all brackets: split_top("(1,2),3", ",") == ["(1,2)", "3"]."""
     parts, depth, start = [], 0, 0
     for i, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")
@@ -361,7 +380,7 @@ def same_value(a, b, decimals):
     """Whether two numbers agree: exactly if both are rational, else to floating-point precision."""
     if exact(a) and exact(b) and a == b:
         return True
-    if decimals and abs(a - b) < min(5e-7, 2e-6 * abs(b)):  # one was written out to six places or more
+    if decimals and abs(a - b) < min(5e-7, 2e-6 * abs(b)):  # written out to six places or more
         return True
     if exact(a) and exact(b):
         return False
@@ -370,7 +389,7 @@ def same_value(a, b, decimals):
 
 
 def same_expression(a, b):
-    """Whether two expressions have the same value, wherever both are defined among three random points."""
+    """Whether two expressions agree at three random points, where both are defined."""
     decimals, agreed = re.search(r"\.\d{6}", a + b), 0
     for salt in range(3):
         try:
@@ -383,17 +402,19 @@ def same_expression(a, b):
 
 
 def same(a, b):
-    """Whether two simplified answers are equal; Unreadable where neither text nor mathematics decides it."""
+    """Whether two simplified answers are equal; may raise where neither text nor value decides."""
     if a.replace(" ", "").lower() == b.replace(" ", "").lower():
         return a != ""
     if "%" in (a[-1:], b[-1:]):  # 50% is 50 and 0.5, and is not 0.5%
-        plain_a, plain_b = a.rstrip("% "), b.rstrip("% ")
-        return same(plain_a, plain_b) or a[-1:] != b[-1:] and same(
-            f"({plain_a})/100" if a[-1:] == "%" else a, f"({plain_b})/100" if b[-1:] == "%" else b)
-    if "\\pm" in a or "\\pm" in b:
-        a, b = (f"{t.replace(chr(92) + 'pm', '+')},{t.replace(chr(92) + 'pm', '-')}" if "\\pm" in t else t for t in (a, b))
+        if same(a.rstrip("% "), b.rstrip("% ")):
+            return True
+        parts = [f"({t.rstrip('% ')})/100" if t[-1:] == "%" else t for t in (a, b)]
+        return a[-1:] != b[-1:] and same(*parts)
+    if PM in a or PM in b:
+        a, b = (f"{t.replace(PM, '+')},{t.replace(PM, '-')}" if PM in t else t for t in (a, b))
     for separator in ("\\cup", "\\\\", "&"):
-        parts_a, parts_b = (split_top(re.sub(r"\\(begin|end)\{[a-z]*matrix\}", "", t), separator) for t in (a, b))
+        plain = (re.sub(r"\\(begin|end)\{[a-z]*matrix\}", "", t) for t in (a, b))
+        parts_a, parts_b = (split_top(t, separator) for t in plain)
         if len(parts_a) > 1 or len(parts_b) > 1:
             if separator == "\\cup":
                 return unordered(parts_a, parts_b, same)
@@ -409,16 +430,18 @@ def same(a, b):
         set_a, set_b = open_a in ("", "@{@}"), open_b in ("", "@{@}")
         if set_a and set_b:
             return unordered(items_a, items_b, same)
-        return open_a == open_b and len(items_a) == len(items_b) and all(map(same, items_a, items_b))
+        alike = open_a == open_b and len(items_a) == len(items_b)
+        return alike and all(map(same, items_a, items_b))
 
     for relation in ("<=", ">=", "<", ">", "="):
         sides_a, sides_b = split_top(a, relation), split_top(b, relation)
         if len(sides_a) == len(sides_b) > 1:
-            if relation == "=" and len(sides_a) == 2:  # the same line or curve: left - right agree up to a factor
+            if relation == "=" and len(sides_a) == 2:
                 if sides_a[0] == sides_b[0] and same(sides_a[1], sides_b[1]):
                     return True
-                left, right = (f"({s[0]})-({s[1]})" for s in (sides_a, sides_b))
-                ratios = [Expression(left, s).value() / Expression(right, s).value() for s in range(3)]
+                # the same line or curve, if left minus right agree up to a factor
+                one, two = (f"({left})-({right})" for left, right in (sides_a, sides_b))
+                ratios = [Expression(one, k).value() / Expression(two, k).value() for k in range(3)]
                 return all(same_value(r, ratios[0], False) for r in ratios[1:])
             return all(map(same, sides_a, sides_b))
         mirrored = split_top(b, relation.translate(str.maketrans("<>", "><")))[::-1]
@@ -430,7 +453,7 @@ def same(a, b):
 
 
 def listed(text):
-    """The bracket pair around a text, if it is one, and the items between: listed("(1,2)") == ("()", ["1", "2"])."""
+    """The brackets around a list and its items: listed("(1,2)") == ("()", ["1", "2"])."""
     for opening, closing in (("@{", "@}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
         if text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening):-len(closing)]
@@ -444,7 +467,7 @@ def listed(text):
 
 
 def judge(candidate, gold, verifier="own"):
-    """"correct", "wrong", or "error" if the candidate or the gold answer cannot be read as anything."""
+    """"correct", "wrong", or "error" if the two texts differ and cannot be read as mathematics."""
     try:
         if verifier == "math-verify":
             from math_verify import parse, verify as peer
@@ -467,10 +490,8 @@ def verify(candidate: str, gold: str) -> bool:
 # Measures
 
 def pass_at_k(n, c, k):
-    """Probability that at least one of k draws without replacement from n samples, c of them correct, is correct.
-
-    The unbiased estimator 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374); 1 <= k <= n.
-    """
+    """Probability that one or more of k draws without replacement, from n samples of which c are
+    correct, is correct: the unbiased estimator of Chen et al. (arXiv 2107.03374); 1 <= k <= n."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -486,10 +507,12 @@ def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len
     """
     mode, how = setting.split("_")
     n = 1 if how == "greedy" else n_samples
-    watch = watch or Watch.build(tokenizer, model.config.vocab_size, model.embed_tokens.weight.device)
+    device = model.embed_tokens.weight.device
+    watch = watch or Watch.build(tokenizer, model.config.vocab_size, device)
     start, n_tokens, samples = time.perf_counter(), 0, []
     per_batch = max(1, batch // n)
-    for i in tqdm(range(0, len(problems), per_batch), desc=setting, disable=not progress, leave=False):
+    starts = range(0, len(problems), per_batch)
+    for i in tqdm(starts, desc=setting, disable=not progress, leave=False):
         part = problems[i:i + per_batch]
         out = generate(
             model, tokenizer, [notes["prompt"].replace("{question}", p["question"]) for p in part],
@@ -501,7 +524,8 @@ def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len
             verdict = "unparsed" if answer is None else judge(answer, p["answer"], verifier)
             samples.append({
                 "question": p["question"], "gold": p["answer"], "thought": cot, "answer": answer,
-                "verdict": verdict, "truncated": bool(out.truncated[j]), "cot_len": int(out.cot_len[j])})
+                "verdict": verdict, "truncated": bool(out.truncated[j]),
+                "cot_len": int(out.cot_len[j])})
     seconds = time.perf_counter() - start
 
     def share(test):
@@ -530,7 +554,8 @@ def settings_of(text):
     names = SETTINGS if text == "all" else text.split(",")
     for name in names:
         if name not in SETTINGS:
-            raise InputError(f"--settings {name}: no such setting; choose from {', '.join(SETTINGS)}")
+            raise InputError(f"--settings {name}: not one of {', '.join(SETTINGS)}; "
+                             "choose from these")
     return names
 
 
@@ -543,19 +568,22 @@ def main(args):
     for setting in settings:
         results[setting], _ = evaluate(
             model, tokenizer, notes, problems, setting, args.samples, batch=args.batch,
-            cot_len=args.cot_len or notes["cot_len"], answer_len=args.answer_len or notes["answer_len"],
+            cot_len=args.cot_len or notes["cot_len"],
+            answer_len=args.answer_len or notes["answer_len"],
             temperature=args.temperature or notes["temperature"][setting.split("_")[0]],
             noise_std=(args.noise_scale or notes["noise_scale"]) * notes["embedding_rms"],
             seed=args.seed, verifier=args.verifier, progress=True)
     ks = [f"pass@{k}" for k in powers_of_two(args.samples)]
     print(f"\n{args.model} on {args.data}, {len(problems)} problems")
-    print(f"{'setting':14}" + "".join(f"{k:>9}" for k in ks) + "  truncated  unparsed   cot_len  tokens/s")
+    print(f"{'setting':14}" + "".join(f"{k:>9}" for k in ks)
+          + "  truncated  unparsed   cot_len  tokens/s")
     for setting, r in results.items():
         cells = "".join(f"{100 * r[k]:9.1f}" if k in r else " " * 9 for k in ks)
         print(f"{setting:14}{cells}{100 * r['truncated']:11.1f}{100 * r['unparsed']:10.1f}"
               f"{r['cot_len']:10.1f}{r['tokens_per_s']:10.0f}")
     if args.out:
-        Path(args.out).write_text(json.dumps({"args": vars(args), "results": results}, indent=2) + "\n")
+        content = {"args": vars(args), "results": results}
+        Path(args.out).write_text(json.dumps(content, indent=2) + "\n")
         print(f"written to {args.out}")
 
 
@@ -563,8 +591,10 @@ if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint directory")
     parser.add_argument("--data", default="arithmetic", help=f"{', '.join(TASKS)} or PATH.jsonl")
-    parser.add_argument("--settings", default="hard_greedy,soft_greedy", help=f"all, or of {', '.join(SETTINGS)}")
-    parser.add_argument("--samples", type=positive(int), default=32, help="per problem, in the sample settings")
+    parser.add_argument("--settings", default="hard_greedy,soft_greedy",
+                        help=f"all, or of {', '.join(SETTINGS)}")
+    parser.add_argument("--samples", type=positive(int), default=32,
+                        help="per problem, in the sample settings")
     parser.add_argument("--limit", type=positive(int), help="only the first so many problems")
     parser.add_argument("--batch", type=positive(int), default=64, help="rows alive at a time")
     parser.add_argument("--verifier", choices=VERIFIERS, default="own")

@@ -2,12 +2,14 @@
 Think in hard, soft or fuzzy tokens: one decoding loop with one switch.
 
     python sample.py --model out/soft/best --mode soft "3+4*2-5"
-    python sample.py --model path/to/Llama-3.2-3B-Instruct --mode soft --greedy --show 5 "What is 7 times 8?"
+    python sample.py --model path/to/Llama-3.2-3B-Instruct --greedy --show 5 "What is 7 times 8?"
 
-A row passes through four phases, one slot per step: it thinks (COT), is given the words that open the box (PREFILL),
-answers (ANSWER), and waits to be dropped (DONE). Every slot records who chose it: a sampled token, a noisy embedding,
-or nobody (forced). That record travels to the loss, so that what is scored is what was sampled.
-Dimensions: B live rows, R all rows, Q prompts, G samples per prompt, N slots per row, V vocabulary, D width.
+A row passes through four phases, one slot per step: it thinks (COT), is given the words that open
+the box (PREFILL), answers (ANSWER), and waits to be dropped (DONE). Every slot records who chose
+it: a sampled token, a noisy embedding, or nobody (forced). That record travels to the loss, so that
+what is scored is what was sampled.
+Dimensions: B live rows, R all rows, Q prompts, G samples per prompt, N slots per row, V vocabulary,
+D width.
 """
 import argparse
 import math
@@ -27,27 +29,29 @@ from torch.nn.utils.rnn import pad_sequence
 from model import InputError, KVCache, Transformer, eos_token_ids, read_json
 
 PROMPT = (
-    "Below, a User asks one question and an Assistant replies. The Assistant writes out the complete "
-    "reasoning, one step after another, and only then gives the final answer in \\boxed{}. A reply "
-    "always follows the format 'User: [question] Assistant: [detailed reasoning] The final answer is: "
-    "\\boxed{[answer]}.' User: {question} Assistant:")
+    "Below, a User asks one question and an Assistant replies. The Assistant writes out the "
+    "complete reasoning, one step after another, and only then gives the final answer in "
+    "\\boxed{}. A reply always follows the format 'User: [question] Assistant: [detailed "
+    "reasoning] The final answer is: \\boxed{[answer]}.' User: {question} Assistant:")
 STOP = "The final answer is:"
-FORCED_TEXTS = (" \\boxed{", f" {STOP} \\boxed{{")  # after an early stop; after the budget is used up
+FORCED_TEXTS = (" \\boxed{", f" {STOP} \\boxed{{")  # after an early stop; at the end of the budget
 MODES = {"hard": 1.0, "soft": 0.5, "fuzzy": 1e-4}  # temperature of the chain of thought (eq. 3)
 NOISE_SCALE = 0.33  # sigma over the root mean square of the embedding table (eq. 6)
 SETTINGS = [f"{mode}_{how}" for mode in MODES for how in ("greedy", "sample")]
 
-NONE, TOKEN, THOUGHT, FORCED = range(4)  # who chose a slot: nobody yet, a sampled token, a noisy embedding, the prefill
+# Who chose a slot: nobody yet, a sampled token, a noisy embedding, the prefill
+NONE, TOKEN, THOUGHT, FORCED = range(4)
 COT, PREFILL, ANSWER, DONE = range(4)  # the phases of a row, in the order it passes through them
-ROUND = 8  # steps between two looks at which rows have finished: the only times the host waits for the device
+# Steps between two looks at which rows have finished: the only times the host waits for the device
+ROUND = 8
 
 
 # --------------------------------------------------------------------------------------------------
 # Text conditions as tables over token ids, so that no text is decoded while a row is generated
 
 def token_texts(tokenizer, vocab_size):
-    """The text that each id adds behind other text, a list of vocab_size strings ("" for unused ids)."""
-    anchor = tokenizer.encode("a", add_special_tokens=False).ids[0]  # some decoders strip a first space
+    """The text that each id adds behind other text: vocab_size strings, "" for unused ids."""
+    anchor = tokenizer.encode("a", add_special_tokens=False).ids[0]  # some decoders strip one space
     ids = range(min(vocab_size, tokenizer.get_vocab_size()))
     texts = tokenizer.decode_batch([[anchor, i] for i in ids], skip_special_tokens=False)
     skip = len(tokenizer.decode([anchor], skip_special_tokens=False))
@@ -59,8 +63,8 @@ class Watch:
     """Where the chain of thought stops and where the answer's brace closes, one lookup per token.
 
     matched  (len(STOP) + 1, V) uint8: how many characters of STOP the text ends with after a token,
-             given how many it ended with before (a Knuth-Morris-Pratt automaton run over the token's
-             characters; white space behind the whole phrase keeps the match)
+             given how many it ended with before (a Knuth-Morris-Pratt automaton run over the
+             token's characters; white space behind the whole phrase keeps the match)
     rise     (V,) int64: opened minus closed braces in a token
     low      (V,) int64: the least value of that count within the token, at most 0
     """
@@ -71,7 +75,7 @@ class Watch:
     @classmethod
     def build(cls, tokenizer, vocab_size, device="cpu", phrase=STOP):
         n, texts = len(phrase), token_texts(tokenizer, vocab_size)
-        delta = np.zeros((n + 1, 128), dtype=np.uint8)  # [matched so far, next character] -> matched
+        delta = np.zeros((n + 1, 128), dtype=np.uint8)  # [matched, next character] -> matched
         for state in range(n + 1):
             for char in set(phrase):
                 seen = phrase[:state] + char
@@ -95,7 +99,7 @@ class Watch:
 
 
 def read_box(text):
-    """The text up to the brace that closes an opened \\boxed{, or None: read_box("12}.") == "12"."""
+    """The text up to the brace that closes an open \\boxed{, or None: read_box("12}.") == "12"."""
     depth = 1
     for i, char in enumerate(text):
         depth += (char == "{") - (char == "}")
@@ -116,7 +120,7 @@ class Rollout:
     kind: torch.Tensor        # (R, N) uint8: NONE, TOKEN, THOUGHT or FORCED
     logp: torch.Tensor        # (R, N) float32, nats: of the action when it was drawn; 0 if none was
     entropy: torch.Tensor     # (R, N) float32, nats: of softmax(logits); nan where not measured
-    thoughts: torch.Tensor    # (R, C, D): the noisy embeddings as fed, in the model's dtype, or None
+    thoughts: torch.Tensor    # (R, C, D): noisy embeddings as fed, in the model's dtype, or None
     cot_len: torch.Tensor     # (R,) int64: slots of the chain of thought
     length: torch.Tensor      # (R,) int64: slots in use
     truncated: torch.Tensor   # (R,) bool: the budget ended the thought, not STOP
@@ -127,7 +131,8 @@ class Rollout:
 def prefill(model, prompts, device):
     """Run prompts (lists of ids, left-padded to the longest) through the model.
 
-    Returns hidden (Q, D) of each last token, the cache, and start (Q,): each row's first used column.
+    Returns hidden (Q, D) of each last token, the cache, and start (Q,): each row's first used
+    column.
     """
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (Q, P)
@@ -174,8 +179,8 @@ def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, ta
 
     live     {"hidden": (B, D), "phase": (B,), "which": (B,), "cursor": (B,), ...}
     uniform  (B,) and normal (B, D): this step's randomness
-    Returns the slot's token (B,), its input embedding (B, D), its log-prob (B,), probs (B, V) at the
-    row's temperature, and logits (B, V).
+    Returns the slot's token (B,), its input embedding (B, D), its log-prob (B,), probs (B, V) at
+    the row's temperature, and logits (B, V).
     """
     in_cot, in_prefill = live["phase"] == COT, live["phase"] == PREFILL
     logits = model.logits(live["hidden"])
@@ -194,7 +199,8 @@ def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, ta
         mean = model.soft_embedding(probs)  # eq. 5
         thought = (mean if greedy else mean + noise_std * normal).to(x.dtype)  # eq. 6
         # the action is what is fed, after the cast; without noise there is no action
-        density = torch.zeros_like(logp) if greedy else log_density(thought.float(), mean, noise_std)
+        density = (torch.zeros_like(logp) if greedy
+                   else log_density(thought.float(), mean, noise_std))
         logp = torch.where(in_cot, density, logp)
         x = torch.where(in_cot[:, None], thought, x)
     return token, x, logp.masked_fill(in_prefill, 0), probs, logits
@@ -253,7 +259,8 @@ def enter(model, live, cache, prompts, copies, places, device):
 @torch.no_grad()
 def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer_greedy=True,
              temperature=None, noise_std=None, cot_len=512, answer_len=32, eos=(), seed=(0,),
-             rows=None, batch=None, watch=None, store_thoughts=False, entropy_every=0, on_step=None):
+             rows=None, batch=None, watch=None, store_thoughts=False, entropy_every=0,
+             on_step=None):
     """Think and answer: n_samples rows for each prompt.
 
     prompts        Q strings
@@ -287,8 +294,9 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
     for p in prompt_ids:
         if len(p) + N > model.config.max_position_embeddings:
             raise InputError(
-                f"a prompt of {len(p)} tokens with --cot_len {cot_len} and --answer_len {answer_len} "
-                f"exceeds the model's context of {model.config.max_position_embeddings} tokens; "
+                f"a prompt of {len(p)} tokens with --cot_len {cot_len} and --answer_len "
+                f"{answer_len} exceeds the model's context of "
+                f"{model.config.max_position_embeddings} tokens; "
                 "shorten them or leave the question out")
     tokens = torch.zeros(R, N + 1, dtype=torch.long, device=device)  # DONE rows write to column N
     kinds = torch.zeros(R, N + 1, dtype=torch.uint8, device=device)
@@ -396,7 +404,7 @@ def load(path, dtype=torch.float32, device="cpu", prompt_file=None):
         notes |= read_json(path / "soft_tokens.json")
     if prompt_file:
         notes["prompt"] = read_prompt(prompt_file)
-    if "embedding_rms" not in notes:  # over real vocabulary rows: padding rows would make it smaller
+    if "embedding_rms" not in notes:  # over real vocabulary rows: padding would make it smaller
         table = model.embed_tokens.weight[:n].detach()
         notes["embedding_rms"] = table.float().square().mean().sqrt().item()
     return model, tokenizer, notes | {"eos": eos_token_ids(path)}
@@ -409,7 +417,8 @@ def read_prompt(path):
     except OSError as e:
         raise InputError(f"--prompt_file {path}: {e.strerror}; give a readable text file") from None
     if "{question}" not in text:
-        raise InputError(f"--prompt_file {path}: the text has no {{question}}; put it where the question belongs")
+        raise InputError(f"--prompt_file {path}: the text has no {{question}}; put it where the "
+                         "question belongs")
     return text
 
 
@@ -426,10 +435,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--prompt_file", help="text with {question} that replaces the prompt")
         self.add_argument("--cot_len", type=positive(int), help="budget of the thought, tokens")
         self.add_argument("--answer_len", type=positive(int), help="budget of the answer, tokens")
-        self.add_argument("--temperature", type=positive(float), help="of the thought; default by mode")
-        self.add_argument("--noise_scale", type=positive(float), help="noise over the RMS of the embeddings")
+        self.add_argument("--temperature", type=positive(float),
+                          help="of the thought; default by mode")
+        self.add_argument("--noise_scale", type=positive(float),
+                          help="noise over the RMS of the embeddings")
         self.add_argument("--seed", type=int, default=0)
-        self.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and activations")
+        self.add_argument("--dtype", choices=["float32", "bfloat16"],
+                          help="of weights and activations")
         self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     def run(self, main):
@@ -465,7 +477,8 @@ def main(args):
         phases.append(kind)
         if args.show and kind in (THOUGHT, TOKEN) and FORCED not in phases:
             weights, ids = probs[0].topk(min(args.show, probs.shape[-1]))
-            top = "  ".join(f"{tokenizer.decode([i])!r} {w:.3f}" for w, i in zip(weights.tolist(), ids.tolist()))
+            top = "  ".join(f"{tokenizer.decode([i])!r} {w:.3f}"
+                            for w, i in zip(weights.tolist(), ids.tolist()))
             print(f"{len(phases):4}  {tokenizer.decode([token])!r:>14}  |  {top}")
         else:
             print(stream.step(tokenizer, token) or "", end="", flush=True)
@@ -478,7 +491,8 @@ def main(args):
         cot_len=args.cot_len or notes["cot_len"], answer_len=args.answer_len or notes["answer_len"],
         eos=notes["eos"], seed=(args.seed,), on_step=show)
     seconds, n = time.perf_counter() - start, int(out.length)
-    print(f"\n\nanswer: {out.answers[0]}" + ("   (the thought was cut at its budget)" if out.truncated[0] else ""))
+    cut = "   (the thought was cut at its budget)" if out.truncated[0] else ""
+    print(f"\n\nanswer: {out.answers[0]}{cut}")
     print(f"{n} tokens, {n / seconds:.1f} tokens/s", file=sys.stderr)
 
 
@@ -488,6 +502,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True, help="checkpoint directory")
     parser.add_argument("--mode", choices=MODES, default="soft")
     parser.add_argument("--greedy", action="store_true", help="no noise, no sampling")
-    parser.add_argument("--show", type=positive(int), metavar="K", help="print the K heaviest tokens of each step")
+    parser.add_argument("--show", type=positive(int), metavar="K",
+                        help="print the K heaviest tokens of each step")
     parser.add_common()
     parser.run(main)

@@ -11,7 +11,8 @@ the recorded actions again with gradients, update. Modes hard, soft and fuzzy di
 only; mode sft puts reference solutions in the place of samples, and in that of the advantage 1 / n.
 
 Equation numbers are those of "Soft Tokens, Hard Truths" (arXiv 2509.19170). Dimensions: B questions
-(--prompts), G samples of each (--samples), R = B G rows, b rows of a micro-batch, T positions, D width.
+(--prompts), G samples of each (--samples), R = B G rows, b rows of a micro-batch, T positions,
+D width.
 """
 import json
 import math
@@ -38,23 +39,23 @@ from tqdm import tqdm
 from eval import (TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, evaluate, judge,
                   load_problems, worked_text)
 from model import Config, InputError, Transformer
-from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Rollout, Watch, generate,
-                    load, positive)
+from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Rollout, Watch,
+                    generate, load, positive)
 
 # Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
     data="gsm8k", steps=4000, prompts=2, samples=32, cot_len=128, answer_len=32, lr=6e-6, warmup=20,
     micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", input_noise=0.0)
 TINY = dict(  # without
-    data="arithmetic", steps=120, prompts=32, samples=16, cot_len=32, answer_len=4, lr=1e-4, warmup=10,
-    micro_batch=512, eval_every=40, val_size=512, dtype="float32", input_noise=0.0)
+    data="arithmetic", steps=120, prompts=32, samples=16, cot_len=32, answer_len=4, lr=1e-4,
+    warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", input_noise=0.0)
 TINY_SFT = TINY | dict(  # and its base
     steps=900, prompts=64, samples=1, lr=4e-3, warmup=50, eval_every=900, input_noise=0.7)
 TINY_CONFIG = dict(
     model_type="llama", hidden_size=64, intermediate_size=192, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
     tie_word_embeddings=True, rope={"rope_type": "default", "rope_theta": 10000.0})
-TINY_FUZZY = TINY | dict(lr=3e-5)  # its thoughts move little, and what moves is E: slower is steadier
+TINY_FUZZY = TINY | dict(lr=3e-5)  # thoughts move little, and what moves is E: slower is steadier
 CARELESS = 0.5  # how often the writers of the tiny base's texts take a sign for a plus
 
 # What is recorded of every row, and averaged over the rows for the log
@@ -73,7 +74,7 @@ def reward(answer, gold, verifier="own"):
 
 
 def rloo(rewards):
-    """eq. 12: each reward minus the mean of the other G - 1 of its group; (B, G) -> (B, G), G >= 2."""
+    """eq. 12: each reward minus the mean of its group's other G - 1; (B, G) -> (B, G), G >= 2."""
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
 
@@ -90,7 +91,8 @@ def pack(rollout, rows):
 
     def at(table, index):
         return table[rows[:, None], index.clamp(0, table.shape[1] - 1)]
-    ids = torch.where(slot < 0, at(rollout.prompts, column.expand_as(slot)), at(rollout.tokens, slot))
+    prompt_ids = at(rollout.prompts, column.expand_as(slot))
+    ids = torch.where(slot < 0, prompt_ids, at(rollout.tokens, slot))
     kind = torch.where((slot >= 0) & (slot < length), at(rollout.kind, slot), NONE)
     thoughts = None if rollout.thoughts is None else at(rollout.thoughts, slot)  # (b, T, D)
     in_cot = (slot >= 0) & (slot < rollout.cot_len[rows, None])
@@ -185,7 +187,7 @@ def write_tiny_model(path, seed):
 
 
 def tiny_base(args):
-    """The directory of this seed's tiny base, which this file's own --mode sft trains if need be."""
+    """The directory of this seed's tiny base, which --mode sft of this file trains if need be."""
     folder = Path("out") / f"base-seed{args.seed}"
     if not (folder / "summary.json").exists():  # written last
         main(Namespace(**{k: None for k in vars(args)} | {
@@ -198,7 +200,7 @@ def tiny_base(args):
 # Weights: float32 masters, compute in --dtype; one process, or FSDP2 over several
 
 def join_ranks(args):
-    """Join the process group that torchrun announces: (rank, world size), (0, 1) without torchrun."""
+    """Join the process group that torchrun announces: (rank, world size), (0, 1) without it."""
     if not dist.is_torchelastic_launched():
         return 0, 1
     if not dist.is_initialized():
@@ -260,7 +262,8 @@ def save_checkpoint(path, model, masters, dtype, source, notes, args, rank):
 
     source: the directory that the tokenizer and generation files are copied from.
     """
-    state = {name: m.full_tensor() if hasattr(m, "full_tensor") else m for name, m in masters.items()}
+    state = {name: m.full_tensor() if hasattr(m, "full_tensor") else m
+             for name, m in masters.items()}
     if rank:
         return
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
@@ -284,7 +287,8 @@ def peak_memory_gb(device):
     """Peak memory of this process in GB: of the GPU if there is one, else resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,7 +297,7 @@ def peak_memory_gb(device):
 def main(args):
     # Configuration
     rank, world = join_ranks(args)
-    say = print if rank == 0 else lambda *a, **k: None
+    say = tqdm.write if rank == 0 else lambda text: None
     preset = PAPER if args.model else {"sft": TINY_SFT, "fuzzy": TINY_FUZZY}.get(args.mode, TINY)
     for key, value in (preset | {"noise_scale": NOISE_SCALE}).items():
         if getattr(args, key) is None:
@@ -345,7 +349,8 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl", "w") if rank == 0 else None
     interrupts = []
-    handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(1))
+    handler = signal.signal(
+        signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(1))
 
     def validate(step):
         """Accuracy on the validation problems by {setting}, own greedy and hard greedy."""
@@ -374,31 +379,34 @@ def main(args):
     bar = tqdm(total=args.steps, disable=rank > 0, desc=args.mode)
     for step in range(args.steps):
         batch = questions_of_step(problems, step, args.prompts, args.seed)
-        stats = torch.zeros(R, len(STATS), dtype=torch.float64)  # each line from the rank that has it
+        stats = torch.zeros(R, len(STATS), dtype=torch.float64)  # each row from its rank
         clock = time.perf_counter()
 
         # 1. Sample, or read; 2. reward
         if sft:
-            rollout = reference_rollout([batch[row // G] for row in mine], tokenizer, notes, args.device)
+            rollout = reference_rollout(
+                [batch[row // G] for row in mine], tokenizer, notes, args.device)
             stats[mine.start:mine.stop, 0] = rollout.length.cpu()
         else:
+            prompts = [notes["prompt"].replace("{question}", p["question"]) for p in batch]
             with gathered(model):
                 rollout = generate(
-                    model, tokenizer, [notes["prompt"].replace("{question}", p["question"]) for p in batch],
-                    G, args.mode, answer_greedy=False, temperature=args.temperature, noise_std=noise_std,
-                    cot_len=args.cot_len, answer_len=args.answer_len, eos=notes["eos"],
-                    seed=(args.seed, step), rows=mine, watch=watch, store_thoughts=True,
-                    entropy_every=ENTROPY_EVERY)
+                    model, tokenizer, prompts, G, args.mode, answer_greedy=False,
+                    temperature=args.temperature, noise_std=noise_std, cot_len=args.cot_len,
+                    answer_len=args.answer_len, eos=notes["eos"], seed=(args.seed, step), rows=mine,
+                    watch=watch, store_thoughts=True, entropy_every=ENTROPY_EVERY)
             rewards = torch.tensor([reward(answer, batch[row // G]["answer"], args.verifier)
                                     for row, answer in zip(mine, rollout.answers)])
             slots = torch.arange(rollout.tokens.shape[1], device=args.device)
             in_cot = slots < rollout.cot_len[:, None]  # (r, N)
             eos = torch.isin(rollout.tokens, torch.tensor(notes["eos"], device=args.device).long())
             columns = dict(
-                tokens=rollout.length, reward=rewards, correct=rewards == 100, unparsed=rewards == 0,
-                truncated=rollout.truncated, cot_len=rollout.cot_len, eos=(eos & in_cot).any(1),
+                tokens=rollout.length, reward=rewards, correct=rewards == 100,
+                unparsed=rewards == 0, truncated=rollout.truncated, cot_len=rollout.cot_len,
+                eos=(eos & in_cot).any(1),
                 entropy=rollout.entropy.masked_fill(~in_cot, math.nan).nanmean(1))
-            stats[mine.start:mine.stop] = torch.stack([columns[k].double().cpu() for k in STATS], dim=1)
+            stats[mine.start:mine.stop] = torch.stack(
+                [columns[k].double().cpu() for k in STATS], dim=1)
         generate_s = time.perf_counter() - clock
         if world > 1:
             dist.all_reduce(stats_on := stats.to(args.device))
@@ -425,13 +433,13 @@ def main(args):
             chosen = (kind == TOKEN) | (kind == THOUGHT)  # forced tokens have weight 0
             w = weight[part or [0]].float().to(args.device)[:, None] * chosen * bool(part)
             noise = None
-            if args.input_noise:  # it grows over the second half of the steps: facts are learnt first
+            if args.input_noise:  # it grows in the second half of the steps: facts are learnt first
                 scale = args.input_noise * max(0.0, 2 * step / args.steps - 1)
                 noise = input_noise(ids, model, scale, (args.seed, step, rank, i)).to(dtype)
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(i == n_micro - 1)
-            loss, logp = model.log_prob(ids, thoughts, kind == THOUGHT, w,
-                                        torch.where(in_cot, args.temperature, 1.0), noise_std, noise)
+            tau = torch.where(in_cot, args.temperature, 1.0)
+            loss, logp = model.log_prob(ids, thoughts, kind == THOUGHT, w, tau, noise_std, noise)
             (loss * world).backward()  # FSDP takes the mean over ranks
             loss_sum += loss.item()
             drifts.append((logp - sampled_logp)[w != 0].abs())
@@ -466,7 +474,8 @@ def main(args):
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.update()
-            bar.write("  ".join(f"{k} {v:.3g}" for k, v in line.items()))
+            if not sft or step % 50 == 0:
+                say("  ".join(f"{k} {v:.3g}" for k, v in line.items()))
 
         # 7. Evaluate and save
         stop = step + 1 == args.steps or interrupts
