@@ -1,5 +1,7 @@
+import contextlib
+import io
 import os
-import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -47,13 +49,21 @@ def tiny(tiny_dir):
     return model, tokenizer, notes
 
 
-def script(*args, cwd=ROOT, env=None, timeout=300):
+def script(*args, timeout=300):
     """Run a script of the repository as a user would; returns the finished process with its text output."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, env=env, text=True,
-                          capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], text=True, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=timeout, stdin=subprocess.DEVNULL)
 
 
-@pytest.fixture()
-def rng():
-    return random.Random(0)
+def script_inside(*args):
+    """The same in this process, for many short runs: starting Python and importing torch takes seconds."""
+    out, err, before, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [str(ROOT / args[0]), *map(str, args[1:])]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as e:
+        code = e.code or 0
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
