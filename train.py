@@ -243,17 +243,20 @@ def distribute(model, dtype, device):
 
 
 class gathered:
-    """While this context is open, an FSDP model's parameters are whole on every rank."""
+    """While this context is open, an FSDP model's parameters are whole on every rank, and a forward
+    pass communicates nothing: ranks may take different numbers of steps."""
 
     def __init__(self, model):
-        self.modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self.modules = [m for m in model.modules() if isinstance(m, FSDPModule)]  # the root first
 
     def __enter__(self):
         for m in self.modules:
+            m.set_reshard_after_forward(False, recurse=False)
             m.unshard()
 
     def __exit__(self, *_):
-        for m in self.modules:
+        for i, m in enumerate(self.modules):
+            m.set_reshard_after_forward(i > 0, recurse=False)
             m.reshard()
 
 

@@ -99,7 +99,7 @@ def test_two_ranks_equal_one_rank(mode, base, tmp_path):
     two = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          str(ROOT / "train.py"), "--out", str(tmp_path / "two"), *flags],
-        text=True, capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        text=True, capture_output=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert two.returncode == 0, two.stderr
     assert_same_logs(tmp_path / "one", tmp_path / "two")
     assert_same_weights(tmp_path / "one", tmp_path / "two")
