@@ -412,13 +412,14 @@ def same(a, b):
         return a[-1:] != b[-1:] and same(*parts)
     if PM in a or PM in b:
         a, b = (f"{t.replace(PM, '+')},{t.replace(PM, '-')}" if PM in t else t for t in (a, b))
-    for separator in ("\\cup", "\\\\", "&"):
-        plain = (re.sub(r"\\(begin|end)\{[a-z]*matrix\}", "", t) for t in (a, b))
-        parts_a, parts_b = (split_top(t, separator) for t in plain)
-        if len(parts_a) > 1 or len(parts_b) > 1:
-            if separator == "\\cup":
-                return unordered(parts_a, parts_b, same)
-            return len(parts_a) == len(parts_b) and all(map(same, parts_a, parts_b))
+    parts_a, parts_b = split_top(a, "\\cup"), split_top(b, "\\cup")
+    if len(parts_a) > 1 or len(parts_b) > 1:
+        return unordered(parts_a, parts_b, same)
+    inside = [re.fullmatch(r"\\begin\{\w*matrix\}(.*)\\end\{\w*matrix\}", t) for t in (a, b)]
+    if all(inside):
+        cells_a, cells_b = ([row.split("&") for row in m[1].split("\\\\")] for m in inside)
+        return [*map(len, cells_a)] == [*map(len, cells_b)] and all(
+            same(x.strip(), y.strip()) for x, y in zip(sum(cells_a, []), sum(cells_b, [])))
 
     named = [re.match(r"[A-Za-z](?:_\w|\([a-z]\))? ?= ?(?!.*=)", t) for t in (a, b)]
     if named[0] and "=" not in b:  # x = 5 against 5
