@@ -8,22 +8,27 @@ Tasks, the verifier, and what is measured: pass@1 and pass@k of a checkpoint in 
 A problem is {"question", "answer", "solution"}. Files are JSON lines; the public ones are
 downloaded to data/ when they are missing.
 """
+import csv
 import hashlib
 import json
 import math
 import random
 import re
+import shutil
 import time
 import urllib.request
 import zlib
+from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import InputError
-from sample import SETTINGS, STOP, Parser, Watch, generate, load, positive
+from model import InputError, WeightedLogProb, read_json
+from sample import SETTINGS, STOP, Parser, Watch, generate, load, positive, prefill
 
 # --------------------------------------------------------------------------------------------------
 # Tasks
@@ -31,6 +36,7 @@ from sample import SETTINGS, STOP, Parser, Watch, generate, load, positive
 GITHUB = "https://raw.githubusercontent.com"
 GSM8K = f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data"
 PRM800K = "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits"
+QWEN_MATH = f"{GITHUB}/QwenLM/Qwen2.5-Math/main/evaluation/data"
 FILES = {  # (task, split): file in data/, public address, SHA-256 where it is known
     ("gsm8k", "train"): (
         "gsm8k_train.jsonl", f"{GSM8K}/train.jsonl",
@@ -43,9 +49,22 @@ FILES = {  # (task, split): file in data/, public address, SHA-256 where it is k
     ("math500", "test"): (
         "math500.jsonl", f"{PRM800K}/test.jsonl",
         "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
+    ("olympiadbench", "test"): (
+        "olympiadbench.jsonl", f"{QWEN_MATH}/olympiadbench/test.jsonl", None),
+    ("deepscaler", "train"): (  # a JSON list, which is read as lines
+        "deepscaler.json", "https://huggingface.co/datasets/agentica-org/"
+        "DeepScaleR-Preview-Dataset/resolve/main/deepscaler.json", None),
     ("mawps", "test"): (
-        "mawps.jsonl", f"{GITHUB}/QwenLM/Qwen2.5-Math/main/evaluation/data/mawps/test.jsonl",
+        "mawps.jsonl", f"{QWEN_MATH}/mawps/test.jsonl",
         "00ffe31161be8623a3d36741830edbba87a3aee0109f693810fe40b9d5d91b8b"),
+}
+CHOICE_FILES = {  # multiple choice: file or folder in data/, public address of it or of its archive
+    "hellaswag": (
+        "hellaswag_val.jsonl", f"{GITHUB}/rowanz/hellaswag/master/data/hellaswag_val.jsonl"),
+    "arc": (
+        "arc_challenge_test.jsonl", f"{GITHUB}/raybears/cot-transparency/main/data/arc_challenge/"
+        "ARC-Challenge-Test.jsonl"),
+    "mmlu": ("mmlu/data/test", "https://people.eecs.berkeley.edu/~hendrycks/data.tar"),
 }
 ARITHMETIC_DIGITS = 3, 4  # least and most in a chain
 TASKS = ["arithmetic", *dict.fromkeys(task for task, _ in FILES)]
@@ -71,6 +90,17 @@ def download(url, path, sha256):
         raise InputError(f"{path}: cannot download {url} ({e}); fetch that address yourself and "
                          "put it there") from None
     part.replace(path)
+
+
+def parse_row(line, where):
+    """A JSON object of one line; `where` names it in errors."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object; give one object a line")
+    return row
 
 
 def load_problems(data, split, n_arithmetic=512):
@@ -99,8 +129,11 @@ def load_problems(data, split, n_arithmetic=512):
             raise InputError(f"--data {data}: neither a task ({', '.join(TASKS)}) nor a file that "
                              "ends in .jsonl; give one of these")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
+        text = path.read_text(encoding="utf-8")
+        lines = text.split("\n")
+        if path.suffix == ".json":  # one list instead of lines
+            lines = [json.dumps(row) for row in json.loads(text)]
+    except (OSError, ValueError) as e:
         raise InputError(f"--data {path}: not readable ({e}); give a file of JSON lines") from None
     problems = [read_problem(line, f"{path}:{i}")
                 for i, line in enumerate(lines, 1) if line.strip()]
@@ -114,14 +147,15 @@ def load_problems(data, split, n_arithmetic=512):
 
 
 def read_problem(line, where):
-    """One JSON line as {"question", "answer", "solution"}; `where` names it in errors."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise InputError(f"{where}: not a JSON object; give one object a line") from None
-    keys = row if isinstance(row, dict) else {}
-    question = next((row[k] for k in ("question", "problem", "input") if k in keys), None)
-    answer = next((row[k] for k in ("answer", "target") if k in keys), None)
+    """One JSON line as {"question", "answer", "solution"}; `where` names it in errors.
+
+    OlympiadBench's final_answer, a list, becomes one answer joined by commas.
+    """
+    row = parse_row(line, where)
+    question = next((row[k] for k in ("question", "problem", "input") if k in row), None)
+    answer = next((row[k] for k in ("final_answer", "answer", "target") if k in row), None)
+    if isinstance(answer, list):
+        answer = ", ".join(map(str, answer))
     if question is None or answer is None:
         raise InputError(f"{where}: a problem needs question (or problem, input) and answer (or "
                          "target); add them")
@@ -129,6 +163,8 @@ def read_problem(line, where):
     if "####" in answer:  # GSM8K: reasoning with <<calculator>> notes, then #### and the number
         solution, answer = answer.split("####")
         solution = re.sub(r"<<.*?>>", "", solution)
+    if isinstance(solution, list):
+        solution = "\n".join(map(str, solution))
     fields = {"question": question, "answer": answer, "solution": solution}
     return {k: str(v).strip() for k, v in fields.items()}
 
@@ -488,7 +524,7 @@ def verify(candidate: str, gold: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Measures
+# Measures of generated answers
 
 def pass_at_k(n, c, k):
     """Probability that one or more of k draws without replacement, from n samples of which c are
@@ -496,55 +532,352 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len, answer_len,
-             temperature=None, noise_std=None, batch=64, seed=0, watch=None, verifier="own",
-             progress=False):
-    """Measure one of the six SETTINGS; a greedy one takes one sample per problem in any case.
-
-    notes gives the prompt and the end tokens; the other arguments are those of sample.generate.
-    Returns {"pass@k" for k = 1, 2, 4, ... up to n_samples; "truncated", "unparsed", "errors":
-    shares of all samples; "cot_len": mean, tokens; "tokens_per_s", "n_problems", "n_samples"}
-    and the list of samples, one dict each.
-    """
-    mode, how = setting.split("_")
-    n = 1 if how == "greedy" else n_samples
-    device = model.embed_tokens.weight.device
-    watch = watch or Watch.build(tokenizer, model.config.vocab_size, device)
-    start, n_tokens, samples = time.perf_counter(), 0, []
-    per_batch = max(1, batch // n)
-    starts = range(0, len(problems), per_batch)
-    for i in tqdm(starts, desc=setting, disable=not progress, leave=False):
-        part = problems[i:i + per_batch]
-        out = generate(
-            model, tokenizer, [notes["prompt"].replace("{question}", p["question"]) for p in part],
-            n, mode, greedy=how == "greedy", temperature=temperature, noise_std=noise_std,
-            cot_len=cot_len, answer_len=answer_len, eos=notes["eos"], seed=(seed, i), watch=watch)
-        n_tokens += int(out.length.sum())
-        for j, (cot, answer) in enumerate(zip(out.cots, out.answers)):
-            p = part[j // n]
-            verdict = "unparsed" if answer is None else judge(answer, p["answer"], verifier)
-            samples.append({
-                "question": p["question"], "gold": p["answer"], "thought": cot, "answer": answer,
-                "verdict": verdict, "truncated": bool(out.truncated[j]),
-                "cot_len": int(out.cot_len[j])})
-    seconds = time.perf_counter() - start
-
-    def share(test):
-        return sum(map(test, samples)) / len(samples)
-    right = [s["verdict"] == "correct" for s in samples]
-    correct = [sum(right[i:i + n]) for i in range(0, len(samples), n)]  # per problem
-    result = {f"pass@{k}": sum(pass_at_k(n, c, k) for c in correct) / len(correct)
-              for k in powers_of_two(n)}
-    return result | {
-        "truncated": share(lambda s: s["truncated"]), "cot_len": share(lambda s: s["cot_len"]),
-        "unparsed": share(lambda s: s["verdict"] == "unparsed"),
-        "errors": share(lambda s: s["verdict"] == "error"), "tokens_per_s": n_tokens / seconds,
-        "n_problems": len(problems), "n_samples": n}, samples
-
-
 def powers_of_two(n):
     """1, 2, 4, ... up to n."""
     return [2 ** i for i in range(n.bit_length())]
+
+
+def bootstrap(values, n_resamples=2000, seed=0):
+    """95 % percentile interval [low, high] of the mean of values (P,), resampled over problems."""
+    values = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(len(values), size=(n_resamples, len(values)))
+    return np.percentile(values[picks].mean(1), [2.5, 97.5]).tolist()
+
+
+def per_problem(samples, k):
+    """pass@k of every problem, {problem: value}, of the samples of one setting."""
+    verdicts = defaultdict(list)
+    for s in samples:
+        verdicts[s["problem"]].append(s["verdict"] == "correct")
+    return {p: pass_at_k(len(v), sum(v), k) for p, v in verdicts.items()}
+
+
+def entropy_profile(samples):
+    """Entropy by position of the thought, in nats: the mean over the rows that still think there,
+    with their number; and the mean over a fixed cohort, the rows that think for the median length
+    or longer, up to that length."""
+    rows = [s["entropy"] for s in samples if s["entropy"]]
+    if not rows:
+        return {}
+    table = np.full((len(rows), max(map(len, rows))), np.nan)
+    for i, row in enumerate(rows):
+        table[i, :len(row)] = row
+    lengths = (~np.isnan(table)).sum(1)
+    median = int(np.median(lengths))
+    return {"mean": np.nanmean(table, 0).tolist(), "n_rows": (~np.isnan(table)).sum(0).tolist(),
+            "cohort_mean": table[lengths >= median, :median].mean(0).tolist(),
+            "n_cohort": int((lengths >= median).sum())}
+
+
+def summarize(samples):
+    """The figures of one setting, from its samples alone; shares are of all samples."""
+    def share(test):
+        return sum(map(test, samples)) / len(samples)
+    n = 1 + max(s["sample"] for s in samples)
+    values = {f"pass@{k}": [*per_problem(samples, k).values()] for k in powers_of_two(n)}
+    return {
+        **{name: float(np.mean(v)) for name, v in values.items()},
+        "interval": {name: bootstrap(v) for name, v in values.items()},
+        "truncated": share(lambda s: s["truncated"]),
+        "unparsed": share(lambda s: s["verdict"] == "unparsed"),
+        "errors": share(lambda s: s["verdict"] == "error"),
+        "cot_len": share(lambda s: s["cot_len"]), "entropy": entropy_profile(samples),
+        "n_problems": len({s["problem"] for s in samples}), "n_samples": n}
+
+
+def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len, answer_len,
+             temperature=None, noise_std=None, batch=64, seed=0, watch=None, verifier="own",
+             entropy_every=0, done=(), record=None, progress=False):
+    """Measure one of the six SETTINGS; a greedy one takes one sample per problem in any case.
+
+    notes   gives the prompt and the end tokens; other arguments are those of sample.generate
+    batch   rows alive at a time: as one finishes, another problem's enters
+    done    samples of an interrupted run of the same setting, which are not drawn again
+    record  called with each new sample, a dict, as it finishes
+    Returns summarize() of the samples and the samples, in the order of problems.
+    """
+    mode, how = setting.split("_")
+    n = 1 if how == "greedy" else n_samples
+    samples = {(s["problem"], s["sample"]): s for s in done}
+    rows = [row for row in range(len(problems) * n) if divmod(row, n) not in samples]
+    bar = tqdm(total=len(rows), desc=setting, disable=not progress, leave=False)
+
+    def on_finish(finished):
+        for f in finished:
+            problem, sample = divmod(f["row"], n)
+            p, answer = problems[problem], f["answer"]
+            verdict = "unparsed" if answer is None else judge(answer, p["answer"], verifier)
+            entropy = [round(h, 4) for h in f["entropy"] if not math.isnan(h)]
+            samples[problem, sample] = {
+                "setting": setting, "problem": problem, "sample": sample,
+                "question": p["question"], "gold": p["answer"], "thought": f["thought"],
+                "answer": answer, "verdict": verdict, "truncated": f["truncated"],
+                "cot_len": f["cot_len"], "length": f["length"], "entropy": entropy}
+            if record:
+                record(samples[problem, sample])
+            bar.update()
+    if rows:
+        prompts = [notes["prompt"].replace("{question}", p["question"]) for p in problems]
+        generate(
+            model, tokenizer, prompts, n, mode, greedy=how == "greedy",
+            temperature=temperature, noise_std=noise_std, cot_len=cot_len, answer_len=answer_len, eos=notes["eos"], seed=(seed,), rows=rows,
+            batch=batch, watch=watch, entropy_every=entropy_every, on_finish=on_finish)
+    bar.close()
+    samples = [samples[key] for key in sorted(samples)]
+    return summarize(samples), samples
+
+
+# --------------------------------------------------------------------------------------------------
+# Out of domain: multiple choice, by likelihood
+
+LETTERS = "ABCDEFGHIJ"
+CHOICE_FIGURES = ("letter_accuracy", "text_accuracy", "nll", "letter_nll", "kl")
+
+
+def read_choices(row, where):
+    """One question of HellaSwag, ARC or MMLU as {"question", "choices", "gold": index}."""
+    try:
+        if "endings" in row:  # HellaSwag
+            return {"question": row["ctx"], "choices": row["endings"], "gold": int(row["label"])}
+        if "answerKey" in row:  # ARC
+            choices = row["question"]["choices"]
+            gold = [c["label"] for c in choices].index(row["answerKey"])
+            return {"question": row["question"]["stem"], "choices": [c["text"] for c in choices],
+                    "gold": gold}
+        return {"question": row["question"], "choices": row["choices"], "gold": int(row["answer"])}
+    except (KeyError, ValueError, TypeError) as e:
+        raise InputError(f"{where}: not a HellaSwag, ARC or MMLU question ({e!r}); give a file in "
+                         "one of these layouts") from None
+
+
+def load_choices(data):
+    """The questions of a multiple-choice task, or of a file or folder in one of their layouts.
+
+    Returns None if `data` is neither, but a task with answers to generate.
+    """
+    path = Path(data)
+    if data in CHOICE_FILES:
+        file, url = CHOICE_FILES[data]
+        path = Path("data") / file
+        if not path.exists() and url.endswith(".tar"):
+            archive = Path("data") / f"{data}.tar"
+            download(url, archive, None)
+            shutil.unpack_archive(archive, archive.with_suffix(""), filter="data")
+        elif not path.exists():
+            download(url, path, None)
+    if path.is_dir():  # MMLU: a folder of CSV files without header: question, A, B, C, D, letter
+        rows = [(f"{file}:{i}", line) for file in sorted(path.glob("*.csv"))
+                for i, line in enumerate(csv.reader(file.open(newline="", encoding="utf-8")), 1)]
+        if not rows or any(len(r) < 4 or r[-1] not in LETTERS for _, r in rows):
+            raise InputError(f"--data {path}: no CSV files as MMLU has them; give its test folder")
+        return [{"question": r[0], "choices": r[1:-1], "gold": LETTERS.index(r[-1])}
+                for _, r in rows]
+    if not path.exists() or path.suffix != ".jsonl":
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [parse_row(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not rows or not {"endings", "answerKey", "choices"} & rows[0].keys():
+        return None
+    return [read_choices(row, f"{path}:{i}") for i, row in enumerate(rows, 1)]
+
+
+@torch.no_grad()
+def token_log_probs(model, prompts, tails, device):
+    """Log-prob of each token of tails[i][j], one of the continuations of prompts[i], lists of ids.
+
+    Each prompt is prefilled once and shared by its continuations. Returns, for the M tails in turn,
+    hidden (M, T, D) before each token, used (M, T) bool and logp (M, T) float32, 0 where not used.
+    """
+    hidden, cache, start = prefill(model, prompts, device)
+    of_prompt = torch.tensor([i for i, group in enumerate(tails) for _ in group], device=device)
+    cache.keep(of_prompt)
+    flat = [torch.tensor(t, device=device) for group in tails for t in group]
+    ids = pad_sequence(flat, batch_first=True)  # (M, T)
+    used = torch.arange(ids.shape[1], device=device) < torch.tensor(
+        [len(t) for t in flat], device=device)[:, None]
+    columns = torch.arange(cache.length + ids.shape[1], device=device)
+    start = start[of_prompt][:, None]
+    positions = cache.length - start + torch.arange(ids.shape[1], device=device)
+    inner = model(ids, cache, positions=positions, key_mask=columns >= start)
+    hidden = torch.cat((hidden[of_prompt][:, None], inner[:, :-1]), 1)  # before each token
+    weight = model.lm_head.weight
+    _, logp = WeightedLogProb.apply(hidden[used], weight, weight, ids[used],
+                                    torch.ones(int(used.sum()), device=device), 1.0, 1.0, False)
+    return hidden, used, torch.zeros(ids.shape, device=device).masked_scatter(used, logp)
+
+
+@torch.no_grad()
+def kl_divergence(base, hidden_base, model, hidden):
+    """KL(base || model) of the next token in nats, (N,), from hidden states (N, D) of both."""
+    parts = []
+    for i in range(0, len(hidden), WeightedLogProb.CHUNK):
+        rows = slice(i, i + WeightedLogProb.CHUNK)
+        p = base.logits(hidden_base[rows]).log_softmax(-1)
+        q = model.logits(hidden[rows]).log_softmax(-1)
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts)
+
+
+def score_choices(model, tokenizer, questions, base=None, batch=16, done=(), record=None,
+                  progress=False):
+    """Accuracy and likelihoods on multiple choice; `batch` questions at a time.
+
+    Each question is asked twice: with its choices listed, for the letter; and alone, for the text
+    of each choice. Returns {"letter_accuracy", "text_accuracy" (by mean log-prob per token), "nll"
+    (per token of the correct text), "letter_nll" (of the correct letter), with a base model "kl"
+    (KL(base || model) per token of the correct text), "interval"}, and the same by question.
+    """
+    device, results = model.embed_tokens.weight.device, list(done)
+    letters = [tokenizer.encode(f" {c}", add_special_tokens=False).ids[-1:] for c in LETTERS]
+    starts = range(len(results), len(questions), batch)
+    for i in tqdm(starts, disable=not progress, leave=False):
+        part = questions[i:i + batch]
+        listed_prompts, prompts, texts = [], [], []
+        for q in part:
+            listing = "".join(f"\n{c}. {text}" for c, text in zip(LETTERS, q["choices"]))
+            listed_prompts.append(tokenizer.encode(f"{q['question']}{listing}\nAnswer:").ids)
+            prompts.append(tokenizer.encode(q["question"]).ids)
+            texts.append([tokenizer.encode(f" {text}", add_special_tokens=False).ids or letters[0]
+                          for text in q["choices"]])
+        _, _, by_letter = token_log_probs(
+            model, listed_prompts, [letters[:len(q["choices"])] for q in part], device)
+        hidden, used, logp = token_log_probs(model, prompts, texts, device)
+        golds = torch.tensor([sum(len(q["choices"]) for q in part[:j]) + q["gold"]
+                              for j, q in enumerate(part)], device=device)
+        if base is not None:
+            hidden_base, *_ = token_log_probs(base, prompts, texts, device)
+            mask = used[golds]
+            kl = torch.zeros(mask.shape, device=device).masked_scatter(
+                mask, kl_divergence(base, hidden_base[golds][mask], model, hidden[golds][mask]))
+            kl = (kl.sum(1) / mask.sum(1)).tolist()
+        mean_logp, at = (logp.sum(1) / used.sum(1)).tolist(), 0
+        for j, q in enumerate(part):
+            n, gold = len(q["choices"]), q["gold"]
+            letter, text = by_letter[at:at + n, 0].tolist(), mean_logp[at:at + n]
+            at += n
+            results.append({
+                "problem": i + j, "question": q["question"], "choices": q["choices"], "gold": gold,
+                "letter_logp": letter, "text_logp": text, "nll": -text[gold],
+                "letter_accuracy": float(letter.index(max(letter)) == gold),
+                "text_accuracy": float(text.index(max(text)) == gold), "letter_nll": -letter[gold],
+                **({"kl": kl[j]} if base is not None else {})})
+            if record:
+                record(results[-1])
+    return summarize_choices(results), results
+
+
+def summarize_choices(results):
+    """The means and intervals of score_choices, from its list of questions."""
+    values = {name: [r[name] for r in results] for name in CHOICE_FIGURES if name in results[0]}
+    return {**{name: float(np.mean(v)) for name, v in values.items()}, "n_problems": len(results),
+            "interval": {name: bootstrap(v) for name, v in values.items()}}
+
+
+# --------------------------------------------------------------------------------------------------
+# The record of a run: one JSON line per sample, from which every figure can be computed again
+
+class Record:
+    """OUT.jsonl: a first line that names the run, then a line per sample. If the file is there, its
+    run goes on: `samples` are those that it already holds."""
+
+    def __init__(self, path, run):
+        self.path, self.samples, self.file = path, [], None
+        if path is None:
+            return
+        header = json.dumps({"run": run}) + "\n"
+        if path.exists():
+            first, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+            if first != header:
+                raise InputError(f"{path}: holds another run; give another --out, or delete it")
+            whole = [line for line in lines if line.endswith("\n")]  # a kill leaves half a line
+            self.samples = [json.loads(line) for line in whole]
+            path.write_text(header + "".join(whole), encoding="utf-8")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(header, encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")
+
+    def of(self, **keys):
+        """The recorded samples with these values."""
+        return [s for s in self.samples if all(s.get(k) == v for k, v in keys.items())]
+
+    def writer(self, **keys):
+        """A function that adds these values to a sample and writes it."""
+        def write(sample):
+            if self.file:
+                self.file.write(json.dumps({**keys, **sample}) + "\n")
+                self.file.flush()
+        return write
+
+
+def read_record(results_path):
+    """{(task, setting): samples} of the .jsonl beside a results file; a multiple choice has no
+    setting, but None."""
+    path, groups = Path(results_path).with_suffix(".jsonl"), defaultdict(list)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}; keep the .jsonl beside the results file") from None
+    for line in lines[1:]:
+        s = json.loads(line)
+        groups[s["task"], s.get("setting")].append(s)
+    return groups
+
+
+def compare(mine, other):
+    """Print the differences of two runs, as read_record gives them, over the problems of both."""
+    print(f"{'difference, paired over problems':34}{'n':>6}{'mean':>9}   95 % interval")
+    for key in mine:
+        if key not in other:
+            continue
+        task, setting = key
+        if setting:
+            n = min(1 + max(s["sample"] for s in group[key]) for group in (mine, other))
+            pairs = {f"pass@{k}": (per_problem(mine[key], k), per_problem(other[key], k))
+                     for k in powers_of_two(n)}
+        else:
+            pairs = {name: [{s["problem"]: s[name] for s in group[key]} for group in (mine, other)]
+                     for name in CHOICE_FIGURES if name != "kl"}
+        for name, (a, b) in pairs.items():
+            differences = [a[p] - b[p] for p in a if p in b]
+            low, high = bootstrap(differences)
+            print(f"{task + ' ' + (setting or '') + ' ' + name:34}{len(differences):6}"
+                  f"{np.mean(differences):+9.4f}   [{low:+.4f}, {high:+.4f}]")
+
+
+def plot(files, path):
+    """Draw pass@k, entropy by position and greedy accuracy of results files; suffix png or svg."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from None
+    curves = [(Path(file).stem, task, setting, r) for file in files
+              for task, settings in read_json(file)["results"].items()
+              for setting, r in settings.items() if "pass@1" in r]
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for name, task, setting, r in curves:
+        label = f"{name} {task} {setting}"
+        ks = powers_of_two(r["n_samples"])
+        if len(ks) > 1:
+            low, high = zip(*(r["interval"][f"pass@{k}"] for k in ks))
+            line, = left.plot(ks, [r[f"pass@{k}"] for k in ks], marker="o", label=label)
+            left.fill_between(ks, low, high, alpha=0.15, color=line.get_color())
+        if r["entropy"]:
+            middle.plot(r["entropy"]["mean"], label=label)
+    greedy = [c for c in curves if c[2].endswith("greedy")]
+    for i, (name, task, setting, r) in enumerate(greedy):
+        low, high = r["interval"]["pass@1"]
+        right.bar(i, r["pass@1"], yerr=[[r["pass@1"] - low], [high - r["pass@1"]]], capsize=3)
+    names = [f"{name}\n{setting}" for name, _, setting, _ in greedy]
+    right.set_xticks(range(len(greedy)), names, rotation=45, ha="right")
+    left.set(xscale="log", xlabel="k", ylabel="pass@k", title="pass@k, 95 % interval")
+    middle.set(xlabel="position in the thought", ylabel="nats", title="entropy at temperature 1")
+    right.set(ylabel="accuracy", title="greedy accuracy, 95 % interval")
+    for axis in (left, middle):
+        axis.legend(fontsize=7)
+    figure.savefig(path)
+    print(f"drawn to {path}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -560,38 +893,86 @@ def settings_of(text):
     return names
 
 
+def print_table(task, settings):
+    """The figures of one task, a line per setting, in percent."""
+    n = max(r["n_samples"] for r in settings.values())
+    ks = [f"pass@{k}" for k in powers_of_two(n)]
+    print(f"\n{task}, {next(iter(settings.values()))['n_problems']} problems")
+    print(f"{'setting':14}" + "".join(f"{k:>9}" for k in ks)
+          + "  pass@1 in 95 %  truncated  unparsed  errors  cot_len")
+    for setting, r in settings.items():
+        cells = "".join(f"{100 * r[k]:9.1f}" if k in r else " " * 9 for k in ks)
+        low, high = r["interval"]["pass@1"]
+        print(f"{setting:14}{cells}{100 * low:9.1f}-{100 * high:5.1f}{100 * r['truncated']:11.1f}"
+              f"{100 * r['unparsed']:10.1f}{100 * r['errors']:8.1f}{r['cot_len']:9.1f}")
+
+
 def main(args):
+    if args.plot and args.files:
+        return plot(args.files, args.plot)
+    if not args.model:
+        raise InputError("--model: missing; give a checkpoint directory, or --plot and results")
+    if args.plot and not args.out:
+        raise InputError(f"--plot {args.plot}: draws results files; give --out, or name such files")
     settings = settings_of(args.settings)
+    other = read_record(args.compare) if args.compare else None
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     model, tokenizer, notes = load(args.model, dtype, args.device, args.prompt_file)
-    problems = load_problems(args.data, "test")[:args.limit]
-    results = {}
-    for setting in settings:
-        results[setting], _ = evaluate(
-            model, tokenizer, notes, problems, setting, args.samples, batch=args.batch,
-            cot_len=args.cot_len or notes["cot_len"],
-            answer_len=args.answer_len or notes["answer_len"],
-            temperature=args.temperature or notes["temperature"][setting.split("_")[0]],
-            noise_std=(args.noise_scale or notes["noise_scale"]) * notes["embedding_rms"],
-            seed=args.seed, verifier=args.verifier, progress=True)
-    ks = [f"pass@{k}" for k in powers_of_two(args.samples)]
-    print(f"\n{args.model} on {args.data}, {len(problems)} problems")
-    print(f"{'setting':14}" + "".join(f"{k:>9}" for k in ks)
-          + "  truncated  unparsed   cot_len  tokens/s")
-    for setting, r in results.items():
-        cells = "".join(f"{100 * r[k]:9.1f}" if k in r else " " * 9 for k in ks)
-        print(f"{setting:14}{cells}{100 * r['truncated']:11.1f}{100 * r['unparsed']:10.1f}"
-              f"{r['cot_len']:10.1f}{r['tokens_per_s']:10.0f}")
-    if args.out:
+    base = load(args.base, dtype, args.device)[0] if args.base else None
+    watch = Watch.build(tokenizer, model.config.vocab_size, args.device)
+    if args.out and not args.out.endswith(".json"):
+        raise InputError(f"--out {args.out}: must end in .json; the samples go to .jsonl beside it")
+    out = Path(args.out) if args.out else None
+    run = {k: v for k, v in vars(args).items()
+           if k not in ("out", "compare", "plot", "files", "batch", "device")}
+    record, results = Record(out and out.with_suffix(".jsonl"), run), {}
+    groups = {}
+    for task in args.data.split(","):
+        questions = load_choices(task)
+        if questions is not None:
+            questions, done = questions[:args.limit], record.of(task=task)
+            figures, groups[task, None] = score_choices(
+                model, tokenizer, questions, base, done=done, record=record.writer(task=task),
+                progress=True)
+            results[task] = {"choices": figures}
+            print(f"\n{task}, {figures['n_problems']} questions: " + ", ".join(
+                f"{name} {figures[name]:.4f} [{low:.4f}, {high:.4f}]"
+                for name, (low, high) in figures["interval"].items()))
+            continue
+        problems, results[task] = load_problems(task, "test")[:args.limit], {}
+        for setting in settings:
+            clock = time.perf_counter()
+            done = record.of(task=task, setting=setting)
+            results[task][setting], samples = evaluate(
+                model, tokenizer, notes, problems, setting, args.samples, batch=args.batch,
+                cot_len=args.cot_len or notes["cot_len"],
+                answer_len=args.answer_len or notes["answer_len"],
+                temperature=args.temperature or notes["temperature"][setting.split("_")[0]],
+                noise_std=(args.noise_scale or notes["noise_scale"]) * notes["embedding_rms"],
+                seed=args.seed, verifier=args.verifier, watch=watch, entropy_every=1, done=done,
+                record=record.writer(task=task), progress=True)
+            groups[task, setting] = samples
+            n_tokens = sum(s["length"] for s in samples) - sum(s["length"] for s in done)
+            speed = n_tokens / (time.perf_counter() - clock)
+            print(f"{task} {setting}: {speed:.0f} tokens/s")
+        print_table(task, results[task])
+    if out:
         content = {"args": vars(args), "results": results}
-        Path(args.out).write_text(json.dumps(content, indent=2) + "\n")
-        print(f"written to {args.out}")
+        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"\nwritten to {out} and {out.with_suffix('.jsonl')}")
+    if other:
+        compare(groups, other)
+    if args.plot:
+        plot([args.out], args.plot)
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint directory")
-    parser.add_argument("--data", default="arithmetic", help=f"{', '.join(TASKS)} or PATH.jsonl")
+    parser.add_argument("files", nargs="*", help="with --plot: results files to draw")
+    parser.add_argument("--model", help="checkpoint directory")
+    parser.add_argument("--data", default="arithmetic",
+                        help=f"of {', '.join(TASKS)}, {', '.join(CHOICE_FILES)}, or PATH.jsonl; "
+                             "several joined by commas")
     parser.add_argument("--settings", default="hard_greedy,soft_greedy",
                         help=f"all, or of {', '.join(SETTINGS)}")
     parser.add_argument("--samples", type=positive(int), default=32,
@@ -599,6 +980,9 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=positive(int), help="only the first so many problems")
     parser.add_argument("--batch", type=positive(int), default=64, help="rows alive at a time")
     parser.add_argument("--verifier", choices=VERIFIERS, default="own")
-    parser.add_argument("--out", help="JSON file for the results")
+    parser.add_argument("--base", help="checkpoint directory: KL(base || model) on multiple choice")
+    parser.add_argument("--out", help="results file, .json; an interrupted run is continued")
+    parser.add_argument("--compare", metavar="BASE.json", help="print differences from that run")
+    parser.add_argument("--plot", metavar="FILE", help="draw results, .png or .svg")
     parser.add_common()
     parser.run(main)

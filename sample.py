@@ -17,7 +17,6 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -256,11 +255,17 @@ def enter(model, live, cache, prompts, copies, places, device):
     return {k: torch.cat((live[k], new[k])) for k in live}, cache
 
 
+def count_slots(kind):
+    """The lengths of the thought and of the forced words in rows of slot kinds (B, N)."""
+    is_forced = kind == FORCED
+    return is_forced.int().argmax(1), is_forced.sum(1)
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer_greedy=True,
              temperature=None, noise_std=None, cot_len=512, answer_len=32, eos=(), seed=(0,),
              rows=None, batch=None, watch=None, store_thoughts=False, entropy_every=0,
-             on_step=None):
+             on_step=None, on_finish=None):
     """Think and answer: n_samples rows for each prompt.
 
     prompts        Q strings
@@ -275,6 +280,8 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
     watch          Watch.build(tokenizer, vocab_size, device), where the caller has it already
     entropy_every  measure the entropy at every so-many-th slot, a divisor of ROUND; 0: never
     on_step        called as on_step(kind (B,), token (B,), probs (B, V)) at each step
+    on_finish      called with a list of dicts when rows finish: "row", "thought", "answer",
+                   "truncated", "cot_len", "length", "entropy" (a list, nan where not measured)
     Returns a Rollout. Raises InputError for a prompt that does not fit the model's context.
     """
     device, width = model.embed_tokens.weight.device, model.config.hidden_size
@@ -282,7 +289,8 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
     temperature = temperature or MODES[mode]
     eos = torch.tensor(list(eos), dtype=torch.long, device=device)
     texts = [tokenizer.encode(text, add_special_tokens=False).ids for text in FORCED_TEXTS]
-    forced_len = torch.tensor([len(t) for t in texts], device=device)
+    forced_len_host = [len(t) for t in texts]
+    forced_len = torch.tensor(forced_len_host, device=device)
     most = max(map(len, texts))
     forced = torch.tensor([t + [0] * (most - len(t)) for t in texts], device=device)  # (2, most)
     kind_of_phase = torch.tensor([TOKEN if mode == "hard" else THOUGHT, FORCED, TOKEN, NONE],
@@ -307,28 +315,42 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
         thoughts = torch.zeros(R, cot_len + 1, width, dtype=model.embed_tokens.weight.dtype,
                                device=device)
 
-    waiting = deque((q, list(group)) for q, group in  # places of one prompt's rows enter together
-                    groupby(range(R), key=lambda place: rows[place] // n_samples))
-    batch = batch or R
+    def describe(which):
+        """Finished rows as dicts of plain values."""
+        index = torch.tensor(list(which), dtype=torch.long, device=device)
+        kind = kinds[index, :N]
+        n_cot, n_forced = count_slots(kind)
+        columns = zip(index.tolist(), tokens[index].tolist(), entropy[index].tolist(),
+                      n_cot.tolist(), n_forced.tolist(), (kind != NONE).sum(1).tolist())
+        return [{"row": rows[place], "thought": tokenizer.decode(ids[:c]),
+                 "answer": read_box(tokenizer.decode(ids[c:n]).split("\\boxed{", 1)[-1]),
+                 "truncated": f == forced_len_host[1], "cot_len": c, "length": n, "entropy": h[:c]}
+                for place, ids, h, c, f, n in columns]
+
+    batch, waiting = batch or R, deque(range(R))
     live, cache, places, ages = {}, None, [], []  # places in the output and ages, on the host
+    reported = set()
     while True:
-        # Between rounds: finished rows leave, waiting prompts enter
+        # Between rounds: finished rows leave, waiting rows enter
         if places:
             phases = live["phase"].tolist()
             alive = [i for i, phase in enumerate(phases) if phase != DONE]
-            room = waiting and len(alive) + len(waiting[0][1]) <= batch
-            if room or len(alive) <= 0.75 * len(places):  # fewer would not pay for the copying
+            if on_finish:
+                done = {place for place, phase in zip(places, phases) if phase == DONE}
+                if done - reported:
+                    on_finish(describe(sorted(done - reported)))
+                reported |= done
+            few = batch - len(alive) >= batch / 8 if waiting else len(alive) <= 0.75 * len(places)
+            if few:  # else the copying would not pay
                 live = leave(live, cache, alive, device)
                 places, ages = [places[i] for i in alive], [ages[i] for i in alive]
-        entering = []
-        while waiting and (len(places) + len(waiting[0][1]) <= batch or not places):
-            entering.append(waiting.popleft())
-            places, ages = places + entering[-1][1], ages + [0] * len(entering[-1][1])
+        entering = [waiting.popleft() for _ in range(min(len(waiting), batch - len(places)))]
         if entering:
+            asked = list(dict.fromkeys(rows[place] // n_samples for place in entering))
             live, cache = enter(
-                model, live, cache, [prompt_ids[q] for q, _ in entering],
-                [i for i, (_, group) in enumerate(entering) for _ in group],
-                [place for _, group in entering for place in group], device)
+                model, live, cache, [prompt_ids[q] for q in asked],
+                [asked.index(rows[place] // n_samples) for place in entering], entering, device)
+            places, ages = places + entering, ages + [0] * len(entering)
         if not places:
             break
 
@@ -360,21 +382,18 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
                                    key_mask=columns >= live["start"][:, None])[:, 0]
         ages = [age + ROUND for age in ages]
 
-    of_row = torch.tensor(rows, device=device) // n_samples
+    of_row = torch.tensor(rows, dtype=torch.long, device=device) // n_samples
     prompt_tensors = [torch.tensor(p, device=device) for p in prompt_ids]
-    forced_slots = kinds[:, :N] == FORCED
-    n_cot, n_forced = forced_slots.int().argmax(1), forced_slots.sum(1)
-    length = (kinds[:, :N] != NONE).sum(1)
-    cots, answers = [], []
-    for ids, c, f, n in zip(tokens.tolist(), n_cot.tolist(), n_forced.tolist(), length.tolist()):
-        cots.append(tokenizer.decode(ids[:c]))
-        answers.append(read_box(tokenizer.decode(ids[c:n]).split("\\boxed{", 1)[-1]))
+    kind = kinds[:, :N]
+    n_cot, n_forced = count_slots(kind)
+    described = describe(range(R))
     return Rollout(
         prompts=pad_sequence(prompt_tensors, batch_first=True)[of_row],
         prompt_len=torch.tensor([len(p) for p in prompt_ids], device=device)[of_row],
-        tokens=tokens[:, :N], kind=kinds[:, :N], logp=logps[:, :N], entropy=entropy[:, :N],
-        thoughts=None if thoughts is None else thoughts[:, :cot_len], cot_len=n_cot, length=length,
-        truncated=n_forced == forced_len[1], cots=cots, answers=answers)
+        tokens=tokens[:, :N], kind=kind, logp=logps[:, :N], entropy=entropy[:, :N],
+        thoughts=None if thoughts is None else thoughts[:, :cot_len], cot_len=n_cot,
+        length=(kind != NONE).sum(1), truncated=n_forced == forced_len[1],
+        cots=[d["thought"] for d in described], answers=[d["answer"] for d in described])
 
 
 # --------------------------------------------------------------------------------------------------

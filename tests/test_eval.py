@@ -2,15 +2,17 @@
 import hashlib
 import itertools
 import json
+import math
 import time
 import urllib.request
 
 import pytest
-from conftest import SHARED
+import torch
+from conftest import SHARED, random_model
 
 import eval as evaluation
-from eval import (SETTINGS, arithmetic_split, download, evaluate, judge, load_problems, pass_at_k, read_problem,
-                  settings_of, verify, worked_text)
+from eval import (SETTINGS, arithmetic_split, bootstrap, download, entropy_profile, evaluate, judge, load_choices,
+                  load_problems, pass_at_k, read_problem, score_choices, settings_of, verify, worked_text)
 from model import InputError
 
 EQUAL = [  # candidate, gold
@@ -120,21 +122,55 @@ def test_evaluate_counts_verdicts_and_samples(tiny, monkeypatch):
     problems = load_problems("arithmetic", "val", 5)
     answers = iter(["correct", "wrong", "correct", "error", "correct"] * 4)
     monkeypatch.setattr(evaluation, "judge", lambda *a: next(answers))
-    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: fake_rollout(a[2], a[3]))
+
+    def fake_generate(model, tokenizer, prompts, n, mode, on_finish, **_):
+        assert len(prompts) == 5 and mode == "hard"
+        on_finish([{"row": row, "thought": "t", "answer": "1", "truncated": row == 0, "cot_len": 2, "length": 4,
+                    "entropy": [1.0, math.nan]} for row in reversed(range(5 * n))])
+    monkeypatch.setattr(evaluation, "generate", fake_generate)
     result, samples = evaluate(model, tokenizer, notes, problems, "hard_sample", 4, cot_len=4, answer_len=2)
-    assert len(samples) == 20 and result["n_samples"] == 4 and result["n_problems"] == 5
-    assert result["pass@1"] == pytest.approx(12 / 20)
-    assert result["errors"] == pytest.approx(4 / 20)
-    assert set(result) >= {"pass@1", "pass@2", "pass@4", "truncated", "unparsed", "cot_len", "tokens_per_s"}
+    assert [(s["problem"], s["sample"]) for s in samples] == [divmod(i, 4) for i in range(20)]
+    assert result["n_samples"] == 4 and result["n_problems"] == 5 and result["cot_len"] == 2
+    assert result["pass@1"] == pytest.approx(12 / 20) and result["errors"] == pytest.approx(4 / 20)
+    assert result["truncated"] == 1 / 20 and set(result) >= {"pass@1", "pass@2", "pass@4", "unparsed"}
+    right = [sum(s["verdict"] == "correct" for s in samples if s["problem"] == p) for p in range(5)]
+    assert result["pass@2"] == pytest.approx(sum(pass_at_k(4, c, 2) for c in right) / 5)
 
 
-def fake_rollout(prompts, n):
-    import torch
-    from sample import Rollout
-    R = len(prompts) * n
-    one = torch.ones(R, dtype=torch.long)
-    return Rollout(None, None, None, None, None, None, None, cot_len=one, length=one, truncated=one.bool(),
-                   cots=["t"] * R, answers=["1"] * R)
+def test_batch_and_interruption_change_no_sample(tiny):
+    model, tokenizer, notes = tiny
+    problems = load_problems("arithmetic", "val", 12)
+    options = dict(n_samples=4, cot_len=12, answer_len=3, noise_std=0.1, entropy_every=1, seed=3)
+    with torch.no_grad():
+        model.embed_tokens.weight[2] *= 1.5  # STOP comes up sometimes: rows finish at different times
+    for setting in ("hard_sample", "soft_sample"):
+        recorded = []
+        whole, samples = evaluate(model, tokenizer, notes, problems, setting, batch=64, record=recorded.append, **options)
+        assert sorted(map(str, recorded)) == sorted(map(str, samples)) and len(samples) == 48
+        assert len({s["cot_len"] for s in samples}) > 1
+        few, again = evaluate(model, tokenizer, notes, problems, setting, batch=4, **options)
+        for name in ("thought", "answer", "verdict", "cot_len"):
+            assert [s[name] for s in again] == [s[name] for s in samples]
+        resumed, rest = evaluate(model, tokenizer, notes, problems, setting, batch=8, done=recorded[5:23], **options)
+        assert [s["thought"] for s in rest] == [s["thought"] for s in samples]
+        for result in (few, resumed):
+            for name in ("pass@1", "pass@4", "interval", "truncated", "cot_len"):
+                assert result[name] == whole[name]
+
+
+def test_bootstrap_interval_of_a_known_case():
+    assert bootstrap([0.3] * 7) == [pytest.approx(0.3)] * 2
+    values = [1.0] * 40 + [0.0] * 60  # mean 0.4, standard error 0.049
+    low, high = bootstrap(values)
+    assert low == pytest.approx(0.4 - 1.96 * 0.049, abs=0.011) and high == pytest.approx(0.4 + 1.96 * 0.049, abs=0.011)
+
+
+def test_entropy_profile_by_hand():
+    rows = [[1.0, 2.0], [3.0], [5.0, 6.0, 7.0], []]
+    profile = entropy_profile([{"entropy": row} for row in rows])
+    assert profile["mean"] == [3.0, 4.0, 7.0] and profile["n_rows"] == [3, 2, 1]
+    assert profile["cohort_mean"] == [3.0, 4.0] and profile["n_cohort"] == 2
+    assert entropy_profile([{"entropy": []}]) == {}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -150,6 +186,74 @@ def test_settings_are_parsed_and_refused():
     assert settings_of("all") == SETTINGS and settings_of("soft_greedy") == ["soft_greedy"]
     with pytest.raises(InputError, match="--settings hard"):
         settings_of("hard")
+
+
+# Multiple choice
+
+QUESTIONS = [{"question": "User: 3+4", "choices": ["7", "8=1", "9*9=1"], "gold": 0},
+             {"question": "User: 5*5*5*5", "choices": ["1=1;2", "2"], "gold": 1},
+             {"question": "User: 1", "choices": ["1", "2", "3", "4"], "gold": 3}]
+
+
+def direct_log_probs(model, tokenizer, prompt, text):
+    ids = tokenizer.encode(prompt).ids + tokenizer.encode(text).ids
+    with torch.no_grad():
+        logp = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
+    n = len(tokenizer.encode(prompt).ids)
+    return logp[n - 1:-1], torch.tensor(ids[n:])
+
+
+def test_likelihoods_and_divergence_equal_a_direct_computation(tiny):
+    model, tokenizer, _ = tiny
+    base = random_model(seed=5, std=0.12, vocab_size=model.config.vocab_size)
+    figures, results = score_choices(model, tokenizer, QUESTIONS, base, batch=2)
+    for q, r in zip(QUESTIONS, results):
+        means = []
+        for text in q["choices"]:
+            logp, ids = direct_log_probs(model, tokenizer, q["question"], f" {text}")
+            means.append(logp.gather(-1, ids[:, None]).mean().item())
+        assert r["text_logp"] == pytest.approx(means, abs=1e-4) and r["nll"] == pytest.approx(-means[q["gold"]], abs=1e-4)
+        assert r["text_accuracy"] == (max(range(len(means)), key=means.__getitem__) == q["gold"])
+        logp, _ = direct_log_probs(model, tokenizer, q["question"], f" {q['choices'][q['gold']]}")
+        other, _ = direct_log_probs(base, tokenizer, q["question"], f" {q['choices'][q['gold']]}")
+        kl = torch.nn.functional.kl_div(logp, other, log_target=True, reduction="none").sum(-1).mean()
+        assert r["kl"] == pytest.approx(kl.item(), abs=1e-4) and kl > 0.01
+        listing = "".join(f"\n{c}. {text}" for c, text in zip("ABCD", q["choices"]))
+        logp, ids = direct_log_probs(model, tokenizer, f"{q['question']}{listing}\nAnswer:", " A")
+        assert r["letter_logp"][0] == pytest.approx(logp[0, ids[-1]].item(), abs=1e-4)
+    assert figures["nll"] == pytest.approx(sum(r["nll"] for r in results) / 3)
+    resumed, _ = score_choices(model, tokenizer, QUESTIONS, base, done=results[:1])
+    assert resumed["kl"] == pytest.approx(figures["kl"], abs=1e-5)
+    same, _ = score_choices(model, tokenizer, QUESTIONS, model)
+    assert same["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_public_layouts_of_multiple_choice_are_read(tmp_path):
+    rows = {"hellaswag": {"ctx": "A man", "endings": ["runs", "flies"], "label": 1},
+            "arc": {"question": {"stem": "Q", "choices": [{"text": "x", "label": "1"}, {"text": "y", "label": "2"}]},
+                    "answerKey": "2"},
+            "mmlu": {"question": "Q", "choices": ["a", "b", "c", "d"], "answer": 1}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        question, = load_choices(str(tmp_path / f"{name}.jsonl"))
+        assert question["gold"] == 1 and len(question["choices"]) >= 2
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "algebra_test.csv").write_text('"What, then?",1,2,3,4,C\n')
+    assert load_choices(str(tmp_path / "csv")) == [{"question": "What, then?", "choices": ["1", "2", "3", "4"], "gold": 2}]
+    (tmp_path / "plain.jsonl").write_text('{"question": "Q", "answer": "A"}\n')
+    assert load_choices(str(tmp_path / "plain.jsonl")) is None and load_choices("gsm8k") is None
+    (tmp_path / "bad.jsonl").write_text('{"question": "Q", "choices": ["a"], "answer": "none"}\n')
+    with pytest.raises(InputError, match="bad.jsonl:1"):
+        load_choices(str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize("file, rows", [("hellaswag_val_1000", 1000), ("arc_challenge_dev", 299), ("mmlu_val", 1531)])
+def test_real_multiple_choice_files_are_read_whole(file, rows):
+    path = SHARED / "data" / f"{file}.jsonl"
+    if not path.exists():
+        pytest.skip("the benchmark files are not here")
+    questions = load_choices(str(path))
+    assert len(questions) == rows and all(q["question"] and 0 <= q["gold"] < len(q["choices"]) for q in questions)
 
 
 # Tasks
@@ -175,6 +279,7 @@ def test_arithmetic_solutions_are_right_and_splits_disjoint():
     ({"question": " Q ", "answer": "So <<1+1=2>>2.\n#### 2"}, ("Q", "2", "So 2.")),
     ({"problem": "P", "answer": "\\frac12", "solution": "by halving"}, ("P", "\\frac12", "by halving")),
     ({"input": "I", "target": 43.0}, ("I", "43.0", "")),
+    ({"question": "O", "final_answer": ["$1$", "$2$"], "solution": ["s"]}, ("O", "$1$, $2$", "s")),
 ])
 def test_problem_lines_of_the_public_files_are_read(row, expected):
     p = read_problem(json.dumps(row), "here:1")

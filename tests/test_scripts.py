@@ -130,13 +130,42 @@ def test_sample_prints_thought_answer_and_the_heaviest_tokens(base):
     assert shown.returncode == 0 and rows and all(len(w) == 3 and w == sorted(w, reverse=True) for w in weights)
 
 
-def test_eval_prints_a_table_and_writes_json(base, tmp_path):
-    done = script("eval.py", "--model", base, "--settings", "all", "--samples", 4, "--limit", 5, "--cot_len", 8, "--out",
-                  tmp_path / "r.json")
+def test_eval_writes_results_continues_an_interrupted_run_and_compares(base, tmp_path):
+    (tmp_path / "mmlu.jsonl").write_text("".join(json.dumps(
+        {"question": f"User: {i}", "choices": ["1", "2", "3", "4"], "answer": i % 4}) + "\n" for i in range(5)))
+    flags = ["--model", base, "--settings", "all", "--samples", 4, "--limit", 5, "--cot_len", 8, "--base", base,
+             "--data", f"arithmetic,{tmp_path}/mmlu.jsonl"]
+    first = script("eval.py", *flags, "--out", tmp_path / "a.json")
+    assert first.returncode == 0, first.stderr
+    whole = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert len(whole["arithmetic"]) == 6 and {"pass@1", "pass@4", "entropy"} <= whole["arithmetic"]["soft_sample"].keys()
+    assert all(name in first.stdout for name in whole["arithmetic"])
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 5 * (3 * 4 + 3) + 5
+
+    (tmp_path / "b.jsonl").write_text("".join(lines[:31]) + lines[31][:20])  # killed within a line
+    second = script_inside("eval.py", *flags, "--out", tmp_path / "b.json", "--compare", tmp_path / "a.json")
+    assert second.returncode == 0, second.stderr
+    again = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert json.dumps(again["arithmetic"]) == json.dumps(whole["arithmetic"])
+    assert sorted((tmp_path / "b.jsonl").read_text().splitlines()) == sorted("".join(lines).splitlines())
+    differences = re.findall(r"soft_sample pass@4 +5 +([+-][\d.]+)", second.stdout)
+    assert differences == ["+0.0000"]
+    other = script_inside("eval.py", *flags, "--seed", 1, "--out", tmp_path / "a.json")
+    assert other.returncode == 2 and "another run" in other.stderr
+
+
+def test_plot_draws_results_or_says_what_to_install(base, tmp_path):
+    done = script_inside("eval.py", "--model", base, "--samples", 4, "--limit", 3, "--cot_len", 4, "--settings",
+                         "hard_greedy,hard_sample", "--out", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert len(results) == 6 and {"pass@1", "pass@4"} <= results["soft_sample"].keys()
-    assert all(name in done.stdout for name in results)
+    drawn = script_inside("eval.py", "--plot", tmp_path / "r.svg", tmp_path / "r.json", tmp_path / "r.json")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert drawn.returncode == 2 and "pip install matplotlib" in drawn.stderr
+    else:
+        assert drawn.returncode == 0 and "<svg" in (tmp_path / "r.svg").read_text()
 
 
 def test_prompt_file_replaces_the_prompt_and_is_saved(base, tmp_path):
