@@ -620,8 +620,9 @@ def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len
         prompts = [notes["prompt"].replace("{question}", p["question"]) for p in problems]
         generate(
             model, tokenizer, prompts, n, mode, greedy=how == "greedy",
-            temperature=temperature, noise_std=noise_std, cot_len=cot_len, answer_len=answer_len, eos=notes["eos"], seed=(seed,), rows=rows,
-            batch=batch, watch=watch, entropy_every=entropy_every, on_finish=on_finish)
+            temperature=temperature, noise_std=noise_std, cot_len=cot_len,
+            answer_len=answer_len, eos=notes["eos"], seed=(seed,), rows=rows, batch=batch,
+            watch=watch, entropy_every=entropy_every, on_finish=on_finish)
     bar.close()
     samples = [samples[key] for key in sorted(samples)]
     return summarize(samples), samples

@@ -55,7 +55,7 @@ TINY_CONFIG = dict(
     model_type="llama", hidden_size=64, intermediate_size=192, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
     tie_word_embeddings=True, rope={"rope_type": "default", "rope_theta": 10000.0})
-TINY_FUZZY = TINY | dict(lr=3e-5)  # thoughts move little, and what moves is E: slower is steadier
+TINY_FUZZY = TINY | dict(lr=1e-5)  # thoughts move little, and what moves is E: slower is steadier
 CARELESS = 0.5  # how often the writers of the tiny base's texts take a sign for a plus
 
 # What is recorded of every row, and averaged over the rows for the log

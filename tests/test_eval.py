@@ -54,7 +54,7 @@ DIFFERENT = [
     ("100000", "100001"), ("123456789", "123456788"), ("0.0000001", "0.0000002"), ("A", "B"), ("i", "1"),
 ]
 HOSTILE = [
-    "9" * 5000, "2^{9999999999}", "2^2^2^2^2^2^2", "9!!!!!!!!", "(" * 3000, "{" * 390, r"\frac{" * 60, "((((((" * 60,
+    "9" * 5000, "2^{9999999999}", "3^{99999999}", "(7/3)^{3000000}", "2^2^2^2^2^2^2", "9!!!!!!!!", "(" * 3000, "{" * 390, r"\frac{" * 60, "((((((" * 60,
     "-" * 399, "x^{x^{x^{x^{x^{9}}}}}", r"\sqrt{" * 50, ",".join("1" * 190), "1" + ",000" * 99, "a" * 399, "= = = =",
     "1 " * 199, "\\" * 399, r"\binom{200}{100}^{99}", "|" * 399, "\x00\x01", "𝟘𝟙٣", "1/0", "0^{-1}", r"\log 0", "^", "}{",
     r"10^{300}\cdot10^{300}", r"\text{" * 80, "__import__('os').system('true')", "9**9**9**9", "1" + "e9" * 99,
@@ -151,7 +151,10 @@ def test_batch_and_interruption_change_no_sample(tiny):
         few, again = evaluate(model, tokenizer, notes, problems, setting, batch=4, **options)
         for name in ("thought", "answer", "verdict", "cot_len"):
             assert [s[name] for s in again] == [s[name] for s in samples]
-        resumed, rest = evaluate(model, tokenizer, notes, problems, setting, batch=8, done=recorded[5:23], **options)
+        new = []
+        resumed, rest = evaluate(model, tokenizer, notes, problems, setting, batch=8, done=recorded[5:23],
+                                 record=new.append, **options)
+        assert len(new) == 48 - 18 and not [s for s in new if s in recorded[5:23]]
         assert [s["thought"] for s in rest] == [s["thought"] for s in samples]
         for result in (few, resumed):
             for name in ("pass@1", "pass@4", "interval", "truncated", "cot_len"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model import InputError
+from model import InputError, KVCache
 from sample import (ANSWER, COT, DONE, FORCED, FORCED_TEXTS, MODES, NONE, PREFILL, SETTINGS, STOP, THOUGHT, TOKEN, Watch,
                     advance, generate, read_box, sample_tokens)
 
@@ -93,6 +93,18 @@ def test_rows_that_enter_as_others_finish_draw_the_same_samples(tiny, mode, batc
     at_once = generate(model, tokenizer, prompts, 2, mode, **options)
     assert at_once.cot_len.unique().numel() > 1
     same_rollout(generate(model, tokenizer, prompts, 2, mode, batch=batch, **options), at_once)
+
+
+def test_prompt_longer_than_all_that_is_cached_enters_and_decodes_as_alone(tiny, monkeypatch):
+    model, tokenizer, _ = tiny
+    with torch.no_grad():
+        model.embed_tokens.weight[2] *= 1.5
+    joined, join = [], KVCache.join
+    monkeypatch.setattr(KVCache, "join", lambda self, other: (joined.append((self.length, other.length)), join(self, other)))
+    prompts = ["User: 1 Assistant:"] * 3 + ["User: " + "3+" * 60 + "4 Assistant:"] * 3
+    at_once, entering = (generate(model, tokenizer, prompts, 1, "soft", batch=b, **SHORT | dict(cot_len=21)) for b in (6, 3))
+    assert any(new > old for old, new in joined)
+    same_rollout(entering, at_once)
 
 
 def test_part_of_a_group_draws_the_samples_of_the_whole(tiny):
