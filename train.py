@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from eval import (TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, evaluate, judge,
                   load_problems, worked_text)
-from model import Config, InputError, Transformer
+from model import Config, InputError, Transformer, read_json
 from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Rollout, Watch,
                     generate, load, positive)
 
@@ -46,6 +46,7 @@ from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Roll
 PAPER = dict(  # with --model
     data="gsm8k", steps=4000, prompts=2, samples=32, cot_len=128, answer_len=32, lr=6e-6, warmup=20,
     micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", input_noise=0.0)
+PAPER_SFT = PAPER | dict(steps=500, prompts=16, lr=1e-5)  # not in the paper: for small models
 TINY = dict(  # without
     data="arithmetic", steps=120, prompts=32, samples=16, cot_len=32, answer_len=4, lr=1e-4,
     warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", input_noise=0.0)
@@ -189,7 +190,9 @@ def write_tiny_model(path, seed):
 def tiny_base(args):
     """The directory of this seed's tiny base, which --mode sft of this file trains if need be."""
     folder = Path("out") / f"base-seed{args.seed}"
-    if not (folder / "summary.json").exists():  # written last
+    made = folder / "best" / "args.json"
+    # one that was interrupted, or made with other settings, is made anew
+    if not (folder / "summary.json").exists() or not TINY_SFT.items() <= read_json(made).items():
         main(Namespace(**{k: None for k in vars(args)} | {
             "mode": "sft", "out": str(folder), "verifier": "own",
             **{k: getattr(args, k) for k in ("seed", "device", "clip")}}))
@@ -301,14 +304,18 @@ def main(args):
     # Configuration
     rank, world = join_ranks(args)
     say = tqdm.write if rank == 0 else lambda text: None
-    preset = PAPER if args.model else {"sft": TINY_SFT, "fuzzy": TINY_FUZZY}.get(args.mode, TINY)
+    sft = args.mode == "sft"
+    preset = ((PAPER_SFT if sft else PAPER) if args.model
+              else {"sft": TINY_SFT, "fuzzy": TINY_FUZZY}.get(args.mode, TINY))
     for key, value in (preset | {"noise_scale": NOISE_SCALE}).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.temperature = args.temperature or MODES.get(args.mode, 1.0)
     args.out = args.out or f"out/{args.mode}"
-    out, sft = Path(args.out), args.mode == "sft"
-    if args.samples < 2 and not sft:
+    out = Path(args.out)
+    if sft:
+        args.samples = 1  # a question has one reference solution
+    elif args.samples < 2:
         raise InputError(
             f"--samples {args.samples}: RLOO compares the samples of a question; use 2 or more")
     if args.model is None and not sft:
@@ -350,6 +357,7 @@ def main(args):
     optimizer = torch.optim.AdamW(masters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     own = "hard_greedy" if sft else f"{args.mode}_greedy"
     out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").unlink(missing_ok=True)  # it says that a run is complete
     log = open(out / "log.jsonl", "w") if rank == 0 else None
     interrupts = []
     handler = signal.signal(

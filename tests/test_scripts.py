@@ -183,9 +183,13 @@ def test_prompt_file_replaces_the_prompt_and_is_saved(base, tmp_path):
 def test_supervised_training_on_a_file_with_solutions(base, tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(
         {"question": f"{i}+1", "answer": f"{i}+1={i + 1}\n#### {i + 1}"}) + "\n" for i in range(9)))
-    done = script_inside("train.py", "--mode", "sft", "--model", base, "--out", tmp_path / "out", "--steps", 2, "--val_size", 3,
-                  "--data", tmp_path / "d.jsonl", "--cot_len", 8, "--answer_len", 2, "--dtype", "bfloat16")
+    done = script_inside("train.py", "--mode", "sft", "--model", base, "--out", tmp_path / "out", "--steps", 4, "--val_size", 3,
+                  "--data", tmp_path / "d.jsonl", "--cot_len", 8, "--answer_len", 2, "--dtype", "bfloat16",
+                         "--prompts", 3)
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "best" / "args.json").read_text())["samples"] == 1
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 4 and 0.1 < losses[0] < 10  # nats per token, whatever the batch
 
 
 def test_real_benchmark_file_trains(base, tmp_path):
