@@ -855,28 +855,34 @@ def plot(files, path):
     curves = [(Path(file).stem, task, setting, r) for file in files
               for task, settings in read_json(file)["results"].items()
               for setting, r in settings.items() if "pass@1" in r]
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    color = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(c[0] for c in curves))}
+    style = {"hard": "-", "soft": "--", "fuzzy": ":"}
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for name, task, setting, r in curves:
-        label = f"{name} {task} {setting}"
+        mode, how = setting.split("_")
+        look = dict(color=color[name], linestyle=style[mode], label=f"{name}: {mode} on {task}")
         ks = powers_of_two(r["n_samples"])
-        if len(ks) > 1:
-            low, high = zip(*(r["interval"][f"pass@{k}"] for k in ks))
-            line, = left.plot(ks, [r[f"pass@{k}"] for k in ks], marker="o", label=label)
-            left.fill_between(ks, low, high, alpha=0.15, color=line.get_color())
-        if r["entropy"]:
-            middle.plot(r["entropy"]["mean"], label=label)
+        if how == "sample":
+            left.plot(ks, [r[f"pass@{k}"] for k in ks], marker="o", **look)
+            left.fill_between(ks, *zip(*(r["interval"][f"pass@{k}"] for k in ks)),
+                              alpha=0.1, color=color[name])
+        if how == "sample" and r["entropy"]:  # as far as a tenth of the rows still think
+            n_rows = r["entropy"]["n_rows"]
+            end = sum(n >= 0.1 * n_rows[0] for n in n_rows)
+            middle.plot(r["entropy"]["mean"][:end], **look)
     greedy = [c for c in curves if c[2].endswith("greedy")]
-    for i, (name, task, setting, r) in enumerate(greedy):
+    for i, (name, _, _, r) in enumerate(greedy):
         low, high = r["interval"]["pass@1"]
-        right.bar(i, r["pass@1"], yerr=[[r["pass@1"] - low], [high - r["pass@1"]]], capsize=3)
-    names = [f"{name}\n{setting}" for name, _, setting, _ in greedy]
-    right.set_xticks(range(len(greedy)), names, rotation=45, ha="right")
-    left.set(xscale="log", xlabel="k", ylabel="pass@k", title="pass@k, 95 % interval")
-    middle.set(xlabel="position in the thought", ylabel="nats", title="entropy at temperature 1")
+        right.bar(i, r["pass@1"], yerr=[[r["pass@1"] - low], [high - r["pass@1"]]], capsize=3,
+                  color=color[name])
+    names = [f"{name}: {setting.split('_')[0]}" for name, _, setting, _ in greedy]
+    right.set_xticks(range(len(greedy)), names, rotation=60, ha="right")
+    left.set(xscale="log", xlabel="k", ylabel="pass@k", title="pass@k of samples, 95 % interval")
+    middle.set(xlabel="position in the thought", ylabel="nats",
+               title="entropy at temperature 1, samples")
     right.set(ylabel="accuracy", title="greedy accuracy, 95 % interval")
-    for axis in (left, middle):
-        axis.legend(fontsize=7)
+    left.legend(fontsize=7)
     figure.savefig(path)
     print(f"drawn to {path}")
 
