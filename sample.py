@@ -173,20 +173,24 @@ def log_density(thought, mean, noise_std):
     return -(thought - mean).square().sum(-1) / (2 * noise_std ** 2) - constant
 
 
-def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, tau, noise_std):
+def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, tau, noise_std,
+           measure=False):
     """Pick what stands in the next slot of every live row.
 
     live     {"hidden": (B, D), "phase": (B,), "which": (B,), "cursor": (B,), ...}
     uniform  (B,) and normal (B, D): this step's randomness
     Returns the slot's token (B,), its input embedding (B, D), its log-prob (B,), probs (B, V) at
-    the row's temperature, and logits (B, V).
+    the row's temperature and, to measure, the entropy (B,) at temperature 1, else nan.
     """
     in_cot, in_prefill = live["phase"] == COT, live["phase"] == PREFILL
     logits = model.logits(live["hidden"])
-    # answers are plain samples at temperature 1
-    probs = (logits / torch.where(in_cot, tau, 1.0)[:, None]).softmax(-1)  # eq. 3
+    entropy = math.nan
+    if measure:
+        entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+    # in place, as a new (B, V) costs more than the arithmetic; answers are at temperature 1
+    probs = logits.div_(torch.where(in_cot, tau, 1.0)[:, None]).softmax(-1)  # eq. 3
 
-    best = logits.argmax(-1)
+    best = logits.max(-1).indices
     cot_greedy = greedy or mode != "hard"  # the shadow of a soft thought is its argmax
     sampled = best if cot_greedy and answer_greedy else sample_tokens(probs, uniform)
     token = torch.where(in_cot, best if cot_greedy else sampled, best if answer_greedy else sampled)
@@ -202,7 +206,7 @@ def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, ta
                    else log_density(thought.float(), mean, noise_std))
         logp = torch.where(in_cot, density, logp)
         x = torch.where(in_cot[:, None], thought, x)
-    return token, x, logp.masked_fill(in_prefill, 0), probs, logits
+    return token, x, logp.masked_fill(in_prefill, 0), probs, entropy
 
 
 def advance(live, token, watch, forced_len, cot_len, answer_len, eos):
@@ -363,16 +367,14 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
         uniform, normal = (r[mine] for r in draw(seed, number, n_samples, noise_width, device))
         for i in range(ROUND):
             kind = kind_of_phase[live["phase"]]
-            token, x, logp, probs, logits = choose(
+            token, x, logp, probs, h = choose(
                 model, live, forced, uniform[:, i], normal[:, i], mode, greedy, answer_greedy,
-                temperature, noise_std)
+                temperature, noise_std, entropy_every and i % entropy_every == 0)
             slot = live["place"], torch.where(kind == NONE, N, live["age"])
             tokens[slot], kinds[slot], logps[slot] = token, kind, logp
             if thoughts is not None:
                 thoughts[live["place"], torch.where(kind == THOUGHT, live["age"], cot_len)] = x
-            if entropy_every and i % entropy_every == 0:
-                log_p = logits.log_softmax(-1)
-                entropy[slot] = -(log_p.exp() * log_p).sum(-1)
+            entropy[slot] = h
             if on_step:
                 on_step(kind, token, probs)
             live |= advance(live, token, watch, forced_len, cot_len, answer_len, eos)
