@@ -1,9 +1,11 @@
 """
-Tasks, the verifier, and what is measured: pass@1 and pass@k of a checkpoint in the six settings.
+Tasks, the verifier, and what is measured: pass@k of a checkpoint in the six settings, and its
+likelihoods on multiple choice.
 
     python eval.py --model out/soft/best    # the tiny model on arithmetic
     python eval.py --model path/to/Llama-3.2-3B-Instruct --data gsm8k --settings all --samples 32
     python eval.py --model path/to/model --data my_problems.jsonl --settings hard_greedy --limit 100
+    python eval.py --model path/to/model --data hellaswag,arc,mmlu --base path/to/base --out r.json
 
 A problem is {"question", "answer", "solution"}. Files are JSON lines; the public ones are
 downloaded to data/ when they are missing.

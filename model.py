@@ -132,6 +132,12 @@ def read_json(path):
 # --------------------------------------------------------------------------------------------------
 # The fused soft-embedding path
 
+def log_density(thought, mean, noise_std):
+    """eq. 10: log N(thought; mean, noise_std^2 I) of (..., D) in nats, summed over D."""
+    constant = mean.shape[-1] * math.log(noise_std * math.sqrt(2 * math.pi))
+    return -(thought - mean).square().sum(-1) / (2 * noise_std ** 2) - constant
+
+
 class WeightedLogProb(torch.autograd.Function):
     """sum_n weight_n log pi(action_n | hidden_n) and every log pi, never holding an (N, V) tensor.
 
@@ -171,15 +177,13 @@ class WeightedLogProb(torch.autograd.Function):
             if is_thought:
                 p_narrow = p.to(narrow)
                 mean = (p_narrow @ embed).to(wide)  # h0 = p E, (n, D)
-                r = (a.to(wide) - mean) / noise_std ** 2
-                constant = mean.shape[-1] * math.log(noise_std * math.sqrt(2 * math.pi))
-                logp[rows] = -0.5 * noise_std ** 2 * r.square().sum(-1) - constant  # eq. 10
+                logp[rows] = log_density(a.to(wide), mean, noise_std)  # eq. 10
             else:
                 logp[rows] = (chosen - total.log())[:, 0]
             if not with_grad:
                 continue
             if is_thought:
-                g = (w * r).to(narrow)  # (n, D)
+                g = (w * (a.to(wide) - mean) / noise_std ** 2).to(narrow)  # w r, (n, D)
                 dp = F.linear(g, embed).to(wide)  # (n, V)
                 dp -= torch.linalg.vecdot(dp, p)[:, None]
                 dz = dp.mul_(p).div_(tau).to(narrow)

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch.nn.utils.rnn import pad_sequence
 
-from model import InputError, KVCache, Transformer, eos_token_ids, read_json
+from model import InputError, KVCache, Transformer, eos_token_ids, log_density, read_json
 
 PROMPT = (
     "Below, a User asks one question and an Assistant replies. The Assistant writes out the "
@@ -165,12 +165,6 @@ def sample_tokens(probs, uniform):
     cdf = probs.cumsum(-1)
     index = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
     return index.clamp(max=probs.shape[-1] - 1)
-
-
-def log_density(thought, mean, noise_std):
-    """eq. 10: log N(thought; mean, noise_std^2 I) of (..., D) float32, summed over D."""
-    constant = mean.shape[-1] * math.log(noise_std * math.sqrt(2 * math.pi))
-    return -(thought - mean).square().sum(-1) / (2 * noise_std ** 2) - constant
 
 
 def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, tau, noise_std,

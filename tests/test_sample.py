@@ -1,6 +1,4 @@
 """sample.py: phases, stopping, randomness, and decoding against a loop without cache, batch or tables."""
-import math
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -261,4 +259,3 @@ def test_box_is_read_up_to_its_closing_brace(text, inside):
 
 def test_six_settings():
     assert SETTINGS == ["hard_greedy", "hard_sample", "soft_greedy", "soft_sample", "fuzzy_greedy", "fuzzy_sample"]
-    assert not math.isclose(MODES["soft"], MODES["hard"])
