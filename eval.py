@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import InputError, WeightedLogProb, read_json
-from sample import SETTINGS, STOP, Parser, Watch, generate, load, positive, prefill
+from sample import SETTINGS, STOP, Parser, Watch, generate, load, positive
 
 # --------------------------------------------------------------------------------------------------
 # Tasks
@@ -688,20 +688,17 @@ def load_choices(data):
 def token_log_probs(model, prompts, tails, device):
     """Log-prob of each token of tails[i][j], one of the continuations of prompts[i], lists of ids.
 
-    Each prompt is prefilled once and shared by its continuations. Returns, for the M tails in turn,
+    Each prompt is run once and shared by its continuations. Returns, for the M tails in turn,
     hidden (M, T, D) before each token, used (M, T) bool and logp (M, T) float32, 0 where not used.
     """
-    hidden, cache, start = prefill(model, prompts, device)
+    hidden, cache = model.read(prompts)
     of_prompt = torch.tensor([i for i, group in enumerate(tails) for _ in group], device=device)
-    cache.keep(of_prompt)
+    cache.branch(of_prompt)
     flat = [torch.tensor(t, device=device) for group in tails for t in group]
     ids = pad_sequence(flat, batch_first=True)  # (M, T)
     used = torch.arange(ids.shape[1], device=device) < torch.tensor(
         [len(t) for t in flat], device=device)[:, None]
-    columns = torch.arange(cache.length + ids.shape[1], device=device)
-    start = start[of_prompt][:, None]
-    positions = cache.length - start + torch.arange(ids.shape[1], device=device)
-    inner = model(ids, cache, positions=positions, key_mask=columns >= start)
+    inner = model(ids, cache)
     hidden = torch.cat((hidden[of_prompt][:, None], inner[:, :-1]), 1)  # before each token
     weight = model.lm_head.weight
     _, logp = WeightedLogProb.apply(hidden[used], weight, weight, ids[used],

@@ -138,6 +138,12 @@ def log_density(thought, mean, noise_std):
     return -(thought - mean).square().sum(-1) / (2 * noise_std ** 2) - constant
 
 
+def softmax_(z):
+    """softmax(z) over the last dimension, in the place of z: a second (B, V) costs time too."""
+    z -= z.amax(-1, keepdim=True)
+    return z.exp_().div_(z.sum(-1, keepdim=True))
+
+
 class WeightedLogProb(torch.autograd.Function):
     """sum_n weight_n log pi(action_n | hidden_n) and every log pi, never holding an (N, V) tensor.
 
@@ -232,52 +238,163 @@ def rope_frequencies(config):
 
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, T, H, head_dim); a head's halves hold the pairs' coordinates."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # sin is negative in the first half
+
+
+def attend(q, k, v, bias, fused=True):
+    """Attention of q (B, H, n, head_dim) to k, v (B, H, S, head_dim) with a float32 bias on scores.
+
+    Returns the output (B, H, n, head_dim), and the logarithm of what its softmax divided by,
+    (B, H, n, 1): two outputs over different keys can be joined by it. Without gradients.
+    """
+    if fused and q.device.type == "cpu":  # the kernel of scaled_dot_product_attention, which drops log_sum
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = fused(q, k, v, attn_mask=bias)
+        return out, log_sum[..., None]
+    scores = torch.add(bias, q @ k.mT, alpha=q.shape[-1] ** -0.5)
+    weights = scores.softmax(-1)
+    log_sum = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+    return weights.to(v.dtype) @ v, log_sum
 
 
 class KVCache:
-    """Keys and values so far: per layer a pair (B, H, S, head_dim), in buffers that grow by blocks.
+    """Keys and values of Q prompts, each once for all the rows that continue it, and of B rows.
 
-    Rows are aligned at the right: all of them end at column `length`, and a shorter row has unused
-    columns on its left, which the caller hides with `key_mask`.
+        cache = KVCache(prompt_len)  # (Q,) int64
+        model(ids, cache)            # the prompts (Q, P), aligned at the right
+        cache.branch(of_row)         # (B,) int64: rows begin, each behind a prompt
+        model(x, cache)              # what the rows add, T positions at a time
+
+    prompts  per layer a pair (Q, H_kv, P, head_dim)
+    own      per layer a pair (B, H_kv, S, head_dim) in buffers that grow by blocks; all rows end at
+             column `length`, and the younger ones have unused columns on their left
+    age      (B,) int64: how many columns a row uses
     """
 
-    def __init__(self, block=64):
-        self.block, self.length, self.buffers = block, 0, []
+    def __init__(self, prompt_len, block=64):
+        self.prompt_len, self.block = prompt_len, block
+        self.prompts, self.own, self.length = [], [], 0
+        self.of_row = None
+
+    def branch(self, of_row):
+        """Begin B rows; row b continues the prompt of_row[b]."""
+        self.age = torch.zeros_like(of_row)
+        self.own = [tuple(x.new_empty(len(of_row), x.shape[1], 0, x.shape[3]) for x in pair)
+                    for pair in self.prompts]
+        self.group(of_row)
+
+    def group(self, of_row):
+        """List the rows of each prompt: slots (Q, M), where M is the most rows that a prompt has,
+        filled up with row 0; and at (B,), each row's place in slots.flatten()."""
+        rows, prompts = (torch.arange(len(x), device=x.device) for x in (of_row, self.prompt_len))
+        is_of = of_row == prompts[:, None]  # (Q, B)
+        M = int(is_of.sum(1).max())
+        self.of_row, self.at = of_row, of_row * M + is_of.cumsum(1)[of_row, rows] - 1
+        self.slots = torch.zeros(len(prompts) * M, dtype=torch.long, device=of_row.device)
+        self.slots = self.slots.index_copy(0, self.at, rows).view(-1, M)
+
+    def prepare(self, T, device):
+        """Set the masks for T new positions. Returns these positions, (Q or B, T)."""
+        column = torch.arange(T, device=device)
+        if self.of_row is None:  # the prompts; padding sees itself, as an empty softmax is NaN
+            position = column - (T - self.prompt_len[:, None])
+            self.mask = (position >= 0)[:, None, None] & (column[:, None] >= column)
+            self.mask |= column[:, None] == column  # (Q, 1, P, P)
+            return position.clamp(min=0)
+        P, S = self.prompts[0][0].shape[2], self.length
+        in_prompt = torch.arange(P, device=device) >= P - self.prompt_len[:, None]  # (Q, P)
+        own = torch.arange(S + T, device=device) >= S - self.age[:, None]  # (B, S + T)
+        self.mask = None
+        if T > 1 or torch.is_grad_enabled():
+            seen = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
+            prompt = in_prompt[self.of_row, None].expand(-1, T, -1)
+            own = own[:, None] & seen  # (B, T, S + T)
+            self.mask = torch.cat((prompt, own), -1)[:, None]  # (B, 1, T, P + S + T)
+        else:
+            self.biases = [torch.zeros(used.shape, device=device).masked_fill(~used, -math.inf)
+                           [:, None, None] for used in (in_prompt, own)]
+        return (self.prompt_len[self.of_row] + self.age)[:, None] + column
+
+    def advance(self, T):
+        """Count the T positions that every layer has now appended."""
+        if self.of_row is not None:
+            self.length += T
+            self.age = self.age + T
 
     def append(self, layer, k, v):
-        """Add new k, v (B, H, T, head_dim); return views of all so far, (B, H, S + T, head_dim)."""
+        """Add new k, v (B, H_kv, T, head_dim) of the rows; return views of all their own so far."""
+        if self.length == 0:  # not copied, so that gradients flow
+            self.own[layer] = k, v
+            return k, v
         end = self.length + k.shape[2]
-        if layer == len(self.buffers):
-            self.buffers.append((k[:, :, :0], v[:, :, :0]))
-        if end > self.buffers[layer][0].shape[2]:
-            grow = (0, 0, 0, end - self.buffers[layer][0].shape[2] + self.block)
-            self.buffers[layer] = tuple(F.pad(b, grow) for b in self.buffers[layer])
-        for buffer, new in zip(self.buffers[layer], (k, v)):
+        if end > self.own[layer][0].shape[2]:
+            grow = (0, 0, 0, end - self.own[layer][0].shape[2] + self.block)
+            self.own[layer] = tuple(F.pad(x, grow) for x in self.own[layer])
+        for buffer, new in zip(self.own[layer], (k, v)):
             buffer[:, :, self.length:end] = new
-        return tuple(b[:, :, :end] for b in self.buffers[layer])
+        return tuple(x[:, :, :end] for x in self.own[layer])
 
-    def keep(self, rows, start=0):
-        """Keep only the given rows (1-D index, repeats allowed) and the columns from `start` on."""
-        self.buffers = [tuple(b[rows, :, start:self.length] for b in pair) for pair in self.buffers]
-        self.length -= start
+    def attend(self, layer, q, k, v):
+        """Attention of new positions, q (Q or B, H, T, head_dim), to all that they may see."""
+        if self.of_row is None:
+            self.prompts.append((k.contiguous(), v.contiguous()))
+            return masked_attention(q, k, v, self.mask)
+        prompt_k, prompt_v = self.prompts[layer]
+        k, v = self.append(layer, k, v)
+        if self.mask is not None:
+            k = torch.cat((prompt_k[self.of_row], k), 2)  # (B, H_kv, P + S + T, head_dim)
+            v = torch.cat((prompt_v[self.of_row], v), 2)
+            return masked_attention(q, k, v, self.mask)
 
-    def expand(self, n):
-        """Repeat every row n times, in place: row b becomes rows b n ... b n + n - 1."""
-        keys = self.buffers[0][0]
-        self.keep(torch.arange(len(keys), device=keys.device).repeat_interleave(n))
+        # One new position: all rows of a prompt query it together, so that it is read once.
+        def by_row(x):  # (Q, H_kv, M n, ...) -> (B, H_kv, n, ...)
+            return x.unflatten(2, (self.slots.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.at]
+        queries = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, H_kv, n, head_dim)
+        grouped = queries[self.slots].transpose(1, 2).flatten(2, 3)  # (Q, H_kv, M n, head_dim)
+        prompt, prompt_sum = attend(grouped, prompt_k, prompt_v, self.biases[0])
+        own, own_sum = attend(queries, k, v, self.biases[1])
+        share = torch.sigmoid(own_sum - by_row(prompt_sum)).to(q.dtype)
+        return torch.lerp(by_row(prompt), own, share).view(q.shape)
+
+    def keep(self, rows):
+        """Keep only the given rows (1-D index), the columns that they use, and their prompts."""
+        self.age = self.age[rows]
+        first = self.length - int(self.age.max())
+        self.own = [tuple(x[rows, :, first:self.length] for x in pair) for pair in self.own]
+        self.length -= first
+        asked, of_row = self.of_row[rows].unique(return_inverse=True)
+        self.prompt_len = self.prompt_len[asked]
+        longest = int(self.prompt_len.max())
+        self.prompts = [tuple(x[asked, :, -longest:] for x in pair) for pair in self.prompts]
+        self.group(of_row)
 
     def join(self, other):
-        """Add another cache's rows below these; the shorter one gets unused columns on its left."""
-        length = max(self.length, other.length)
+        """Add another cache's prompts and rows behind these."""
+        def below(a, b):  # the narrower one gets unused columns on its left
+            width = max(a.shape[2], b.shape[2])
+            return torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in (a, b)])
+        self.own, self.prompts = (
+            [tuple(below(a, b) for a, b in zip(*pairs)) for pairs in zip(mine, theirs)]
+            for mine, theirs in ((self.used(), other.used()), (self.prompts, other.prompts)))
+        self.length = max(self.length, other.length)
+        self.age = torch.cat((self.age, other.age))
+        of_row = torch.cat((self.of_row, other.of_row + len(self.prompt_len)))
+        self.prompt_len = torch.cat((self.prompt_len, other.prompt_len))
+        self.group(of_row)
 
-        def aligned(cache, b):
-            return F.pad(b[:, :, :cache.length], (0, 0, length - cache.length, 0))
-        self.buffers = [
-            tuple(torch.cat((aligned(self, a), aligned(other, b))) for a, b in zip(*pairs))
-            for pairs in zip(self.buffers, other.buffers)]
-        self.length = length
+    def used(self):
+        return [tuple(x[:, :, :self.length] for x in pair) for pair in self.own]
+
+
+def masked_attention(q, k, v, mask):
+    """Attention of q (B, H, T, head_dim) to k, v (B, H_kv, S, head_dim), mask (B, 1, T, S) bool.
+
+    The query heads of a shared key head are simply several queries to it.
+    """
+    n = q.shape[1] // k.shape[1]
+    queries = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, H_kv, n T, head_dim)
+    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask.repeat(1, 1, n, 1))
+    return out.view(q.shape)
 
 
 class Attention(nn.Module):
@@ -285,7 +402,7 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.head_dim, self.n_kv = c.head_dim, c.num_key_value_heads
+        self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
@@ -293,20 +410,17 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask, cache, layer):
+    def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
         heads = B, T, -1, self.head_dim
         q = rotate(self.q_norm(self.q_proj(x).view(heads)), *rope).transpose(1, 2)  # (B, H, T, hd)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rope).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H_kv, T, hd), like k
-        if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, H_kv, S, hd)
-        if T == 1:  # the query heads of a shared key head are simply several queries to it
-            q = q.reshape(B, self.n_kv, -1, self.head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=T > 1,
-                                             is_causal=mask is None and T > 1)
-        out = out.reshape(B, 1, -1) if T == 1 else out.transpose(1, 2).reshape(B, T, -1)
-        return self.o_proj(out)
+        if cache is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            out = cache.attend(layer, q, k, v)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -330,8 +444,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, mask, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+    def forward(self, x, rope, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -361,38 +475,38 @@ class Transformer(nn.Module):
                 else:
                     p.fill_(1.0 if "norm" in name else 0.0)
 
-    def forward(self, x, cache=None, positions=None, key_mask=None):
+    def forward(self, x, cache=None):
         """Hidden states after the final norm.
 
-        x         (B, T) int64 token ids, or (B, T, D) input embeddings in the model's dtype
-        cache     KVCache with S columns, to which the T new positions are added; None: no past
-        positions (B, T) int64, the rotary positions; default: S, S + 1, ... for every row
-        key_mask  (B, S + T) bool, False where a column is unused (left padding); default: all True
-        returns   (B, T, D) in the model's dtype; finite and meaningless at padding positions
+        x       (B, T) int64 token ids, or (B, T, D) input embeddings in the model's dtype
+        cache   KVCache, which says what comes before x and takes it in; None: nothing does
+        returns (B, T, D) in the model's dtype; finite and meaningless at a prompt's padding
         """
         h = x if x.is_floating_point() else self.embed_tokens(x)
-        T, past = h.shape[1], cache.length if cache is not None else 0
-        if positions is None:
-            positions = torch.arange(past, past + T, device=h.device)[None]
+        T = h.shape[1]
+        if cache is None:
+            positions = torch.arange(T, device=h.device)[None]
+        else:
+            positions = cache.prepare(T, h.device)
         self.frequencies = self.frequencies.to(h.device)
         angles = positions[..., None, None] * self.frequencies  # (B, T, 1, hd / 2), float32
-        rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
-
-        mask = None  # then scaled_dot_product_attention masks causally by itself
-        if T == 1 and key_mask is not None:
-            mask = key_mask[:, None, None]  # (B, 1, 1, S + 1)
-        elif T > 1 and (past or key_mask is not None):
-            ones = torch.ones(T, past + T, dtype=torch.bool, device=h.device)
-            mask = ones.tril(past)  # query t sees keys <= past + t
-            if key_mask is not None:  # padding still sees itself: an empty softmax would be NaN
-                itself = mask & ones.triu(past)
-                mask = (mask & key_mask[:, None, None]) | itself  # (B, 1, T, S + T)
-
+        cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
+        rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         for i, block in enumerate(self.layers):
-            h = block(h, rope, mask, cache, i)
+            h = block(h, rope, cache, i)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.norm(h)
+
+    def read(self, prompts):
+        """Run Q prompts, lists of ids, through the model.
+
+        Returns hidden (Q, D) after each prompt's last token, and the KVCache, ready to branch.
+        """
+        device, width = self.embed_tokens.weight.device, max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (Q, P)
+        cache = KVCache(torch.tensor([len(p) for p in prompts], device=device))
+        return Transformer.forward(self, ids, cache)[:, -1], cache
 
     def logits(self, hidden):
         """Next-token logits of hidden (..., D): (..., V) float32."""
@@ -403,36 +517,41 @@ class Transformer(nn.Module):
         embed = self.embed_tokens.weight
         return (probs.to(embed.dtype) @ embed).float()
 
-    def log_prob(self, ids, thoughts, is_thought, weight, temperature, noise_std, input_noise=None):
+    def log_prob(self, prompts, of_row, tokens, thoughts, is_thought, weight, temperature,
+                 noise_std, input_noise=None):
         """Log-probs of recorded actions, and the weighted sum that policy gradient differentiates.
 
-        ids         (B, T) int64: the whole row, prompt included, padded at the right with anything
-        thoughts    (B, T, D) the noisy embeddings that were fed, read where is_thought; or None
-        is_thought  (B, T) bool: where the action is a noisy embedding and not a token
-        weight      (B, T) float32: d loss / d log pi of each action; 0 where nothing was chosen
-        temperature of the thoughts or, in hard mode, of the CoT tokens: float, or (B, T) float32
+        prompts     Q lists of ids; each is run once for all the rows that continue it
+        of_row      (B,) int64: the prompt of each row
+        tokens      (B, N) int64: what follows the prompt, padded at the right with anything
+        thoughts    (B, N, D) the noisy embeddings that were fed, read where is_thought; or None
+        is_thought  (B, N) bool: where the action is a noisy embedding and not a token
+        weight      (B, N) float32: d loss / d log pi of each action; 0 where nothing was chosen
+        temperature of the thoughts or, in hard mode, of the CoT tokens: float, or (B, N) float32
         noise_std   standard deviation of the thoughts' noise per coordinate, > 0
-        input_noise (B, T, D) added to the input embeddings (noisy supervised training), or None
-        returns     loss = sum(weight * logp), a scalar with gradients; and logp (B, T) float32
+        input_noise (B, N, D) added to the embeddings fed (noisy supervised training), or None
+        returns     loss = sum(weight * logp), a scalar with gradients; and logp (B, N) float32
                     without them, 0 where weight is 0
         """
-        x = self.embed_tokens(ids)
+        last, cache = Transformer.read(self, prompts)  # FSDP wraps methods called from outside
+        cache.branch(of_row)
+        x = self.embed_tokens(tokens)
         if thoughts is not None:  # stored inputs are constants: no backprop through time (eq. 10)
             x = torch.where(is_thought[..., None], thoughts.detach(), x)
         if input_noise is not None:
             x = x + input_noise
-        hidden = Transformer.forward(self, x[:, :-1])  # position t - 1 chooses what stands at t
+        inner = Transformer.forward(self, x[:, :-1], cache)
+        hidden = torch.cat((last[of_row, None], inner), 1)  # (B, N, D): what chooses each slot
         logp = torch.zeros_like(weight)
         loss = 0.0
         for thought in (False, True):
-            chosen = (weight != 0) & (is_thought if thought else ~is_thought)  # (B, T)
-            chosen[:, 0] = False
+            chosen = (weight != 0) & (is_thought if thought else ~is_thought)  # (B, N)
             if thought and thoughts is None:
                 continue
-            action = thoughts[chosen] if thought else ids[chosen]
+            action = thoughts[chosen] if thought else tokens[chosen]
             tau = temperature[chosen] if torch.is_tensor(temperature) else temperature
             part, logp[chosen] = WeightedLogProb.apply(
-                hidden[chosen[:, 1:]], self.lm_head.weight, self.embed_tokens.weight, action,
+                hidden[chosen], self.lm_head.weight, self.embed_tokens.weight, action,
                 weight[chosen], tau, noise_std, torch.is_grad_enabled())
             loss = loss + part
         return loss, logp

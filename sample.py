@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from torch.nn.utils.rnn import pad_sequence
 
-from model import InputError, KVCache, Transformer, eos_token_ids, log_density, read_json
+from model import InputError, Transformer, eos_token_ids, log_density, read_json, softmax_
 
 PROMPT = (
     "Below, a User asks one question and an Assistant replies. The Assistant writes out the "
@@ -113,8 +113,8 @@ def read_box(text):
 @dataclass
 class Rollout:
     """R generated rows of N slots each. Slot 0 follows the prompt; unused slots are at the end."""
-    prompts: torch.Tensor     # (R, P) int64: prompt ids, padded at the right
-    prompt_len: torch.Tensor  # (R,) int64
+    prompts: list             # Q lists of ids
+    of_row: torch.Tensor      # (R,) int64: the prompt of each row
     tokens: torch.Tensor      # (R, N) int64: the token; at a thought, its shadow, the argmax of p
     kind: torch.Tensor        # (R, N) uint8: NONE, TOKEN, THOUGHT or FORCED
     logp: torch.Tensor        # (R, N) float32, nats: of the action when it was drawn; 0 if none was
@@ -125,22 +125,6 @@ class Rollout:
     truncated: torch.Tensor   # (R,) bool: the budget ended the thought, not STOP
     cots: list                # R strings: the thought as text
     answers: list             # R strings: what stands in the box; None if it was never closed
-
-
-def prefill(model, prompts, device):
-    """Run prompts (lists of ids, left-padded to the longest) through the model.
-
-    Returns hidden (Q, D) of each last token, the cache, and start (Q,): each row's first used
-    column.
-    """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (Q, P)
-    start = torch.tensor([width - len(p) for p in prompts], device=device)
-    columns = torch.arange(width, device=device)
-    cache = KVCache()
-    hidden = model(ids, cache, positions=(columns - start[:, None]).clamp(min=0),
-                   key_mask=columns >= start[:, None])
-    return hidden[:, -1], cache, start
 
 
 def draw(seed, groups, n_samples, width, device):
@@ -161,10 +145,19 @@ def draw(seed, groups, n_samples, width, device):
 
 
 def sample_tokens(probs, uniform):
-    """Draw a token per row of probs (B, V) by inverting its cumulative sum at uniform (B,)."""
-    cdf = probs.cumsum(-1)
-    index = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
-    return index.clamp(max=probs.shape[-1] - 1)
+    """Draw a token per row of probs (B, V) by inverting its cumulative sum at 1 - uniform (B,).
+
+    In two levels, first a block of the vocabulary, then a token of that block: a cumulative sum
+    over all of V costs more than the softmax. A token of probability 0 is never drawn.
+    """
+    blocks = probs.unflatten(-1, (-1, math.gcd(probs.shape[-1], 256)))  # (B, n, V / n)
+    ends = blocks.sum(-1).cumsum(-1)  # (B, n)
+    target = (1 - uniform)[:, None] * ends[:, -1:]  # in (0, total]
+    block = torch.searchsorted(ends, target)  # (B, 1): the first to reach the target
+    target = target - F.pad(ends, (1, 0)).gather(-1, block)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[-1]))[:, 0].cumsum(-1)
+    place = torch.searchsorted(inside, torch.minimum(target, inside[:, -1:]))  # despite rounding
+    return (block * blocks.shape[-1] + place)[:, 0]
 
 
 def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, tau, noise_std,
@@ -182,10 +175,10 @@ def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, ta
     if measure:
         entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
     # in place, as a new (B, V) costs more than the arithmetic; answers are at temperature 1
-    probs = logits.div_(torch.where(in_cot, tau, 1.0)[:, None]).softmax(-1)  # eq. 3
+    probs = softmax_(logits.div_(torch.where(in_cot, tau, 1.0)[:, None]))  # eq. 3
 
-    best = logits.max(-1).indices
     cot_greedy = greedy or mode != "hard"  # the shadow of a soft thought is its argmax
+    best = probs.max(-1).indices if cot_greedy or answer_greedy else None
     sampled = best if cot_greedy and answer_greedy else sample_tokens(probs, uniform)
     token = torch.where(in_cot, best if cot_greedy else sampled, best if answer_greedy else sampled)
     token = torch.where(in_prefill, forced[live["which"], live["cursor"]], token)
@@ -224,32 +217,19 @@ def advance(live, token, watch, forced_len, cot_len, answer_len, eos):
             "depth": live["depth"] + watch.rise[token] * in_answer}
 
 
-def leave(live, cache, alive, device):
-    """Drop all rows but those at the indices `alive` from the state and the cache."""
-    keep = torch.tensor(alive, dtype=torch.long, device=device)
-    live = {k: v[keep] for k, v in live.items()}
-    first = int(live["start"].min()) if alive else cache.length  # no row uses a column before it
-    cache.keep(keep, first)
-    live["start"] -= first
-    return live
-
-
-def enter(model, live, cache, prompts, copies, places, device):
-    """Add rows to the state and the cache: prompts (lists of ids) are prefilled once, and the new
-    rows are samples of prompts[copies]; places: their rows in the output. Returns (live, cache)."""
-    hidden, fresh, start = prefill(model, prompts, device)
-    copies = torch.tensor(copies, device=device)
-    fresh.keep(copies)
-    zero = torch.zeros(len(copies), dtype=torch.long, device=device)
-    new = {"place": torch.tensor(places, device=device), "hidden": hidden[copies],
-           "start": start[copies], "matched": zero.to(torch.uint8), "depth": zero + 1,
+def enter(model, live, cache, prompts, copies, places):
+    """Add rows to the state and the cache: prompts (lists of ids) are read once, and the new rows
+    are samples of prompts[copies]; places: their rows in the output. Returns (live, cache)."""
+    hidden, fresh = model.read(prompts)
+    copies = torch.tensor(copies, device=hidden.device)
+    fresh.branch(copies)
+    zero = torch.zeros_like(copies)
+    new = {"place": torch.tensor(places, device=hidden.device), "hidden": hidden[copies],
+           "matched": zero.to(torch.uint8), "depth": zero + 1,
            **dict.fromkeys(("phase", "age", "which", "cursor", "said"), zero)}
     if not live:
         return new, fresh
-    before = cache.length
     cache.join(fresh)
-    live["start"] += cache.length - before
-    new["start"] += cache.length - fresh.length
     return {k: torch.cat((live[k], new[k])) for k in live}, cache
 
 
@@ -340,14 +320,17 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
                 reported |= done
             few = batch - len(alive) >= batch / 8 if waiting else len(alive) <= 0.75 * len(places)
             if few:  # else the copying would not pay
-                live = leave(live, cache, alive, device)
+                keep = torch.tensor(alive, dtype=torch.long, device=device)
+                live = {k: v[keep] for k, v in live.items()} if alive else {}
+                if alive:
+                    cache.keep(keep)
                 places, ages = [places[i] for i in alive], [ages[i] for i in alive]
         entering = [waiting.popleft() for _ in range(min(len(waiting), batch - len(places)))]
         if entering:
             asked = list(dict.fromkeys(rows[place] // n_samples for place in entering))
             live, cache = enter(
                 model, live, cache, [prompt_ids[q] for q in asked],
-                [asked.index(rows[place] // n_samples) for place in entering], entering, device)
+                [asked.index(rows[place] // n_samples) for place in entering], entering)
             places, ages = places + entering, ages + [0] * len(entering)
         if not places:
             break
@@ -372,20 +355,14 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
             if on_step:
                 on_step(kind, token, probs)
             live |= advance(live, token, watch, forced_len, cot_len, answer_len, eos)
-            columns = torch.arange(cache.length + 1, device=device)
-            position = cache.length - live["start"]
-            live["hidden"] = model(x[:, None], cache, positions=position[:, None],
-                                   key_mask=columns >= live["start"][:, None])[:, 0]
+            live["hidden"] = model(x[:, None], cache)[:, 0]
         ages = [age + ROUND for age in ages]
 
-    of_row = torch.tensor(rows, dtype=torch.long, device=device) // n_samples
-    prompt_tensors = [torch.tensor(p, device=device) for p in prompt_ids]
     kind = kinds[:, :N]
     n_cot, n_forced = count_slots(kind)
     described = describe(range(R))
     return Rollout(
-        prompts=pad_sequence(prompt_tensors, batch_first=True)[of_row],
-        prompt_len=torch.tensor([len(p) for p in prompt_ids], device=device)[of_row],
+        prompts=prompt_ids, of_row=torch.tensor(rows, device=device) // n_samples,
         tokens=tokens[:, :N], kind=kind, logp=logps[:, :N], entropy=entropy[:, :N],
         thoughts=None if thoughts is None else thoughts[:, :cot_len], cot_len=n_cot,
         length=(kind != NONE).sum(1), truncated=n_forced == forced_len[1],

@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
@@ -81,55 +82,53 @@ def rloo(rewards):
 
 
 def pack(rollout, rows):
-    """The given rows (b,) of a rollout as one right-padded batch: prompt, then slots.
+    """The given rows (b,) of a rollout as one batch, its slots padded at the right.
 
-    Returns what Transformer.log_prob wants: ids (b, T); thoughts (b, T, D) or None; kind (b, T) of
-    each slot, NONE in prompt and padding; in_cot (b, T) bool; and logp (b, T) at sampling time.
+    Returns what Transformer.log_prob wants: prompts; of_row (b,); tokens (b, N); thoughts (b, N, D)
+    or None; then kind (b, N), NONE in padding; in_cot (b, N) bool; logp (b, N) at sampling time.
     """
-    prompt_len, length = rollout.prompt_len[rows, None], rollout.length[rows, None]
-    column = torch.arange(int((prompt_len + length).max()), device=rows.device)  # (T,)
-    slot = column - prompt_len  # (b, T), negative in the prompt
-
-    def at(table, index):
-        return table[rows[:, None], index.clamp(0, table.shape[1] - 1)]
-    prompt_ids = at(rollout.prompts, column.expand_as(slot))
-    ids = torch.where(slot < 0, prompt_ids, at(rollout.tokens, slot))
-    kind = torch.where((slot >= 0) & (slot < length), at(rollout.kind, slot), NONE)
-    thoughts = None if rollout.thoughts is None else at(rollout.thoughts, slot)  # (b, T, D)
-    in_cot = (slot >= 0) & (slot < rollout.cot_len[rows, None])
-    return ids, thoughts, kind, in_cot, at(rollout.logp, slot)
+    asked, of_row = rollout.of_row[rows].unique(return_inverse=True)
+    N = int(rollout.length[rows].max())
+    thoughts = None
+    if rollout.thoughts is not None:
+        thoughts = rollout.thoughts[rows, :N]
+        thoughts = F.pad(thoughts, (0, 0, 0, N - thoughts.shape[1]))
+    in_cot = torch.arange(N, device=rows.device) < rollout.cot_len[rows, None]
+    prompts = [rollout.prompts[q] for q in asked.tolist()]
+    return (prompts, of_row, rollout.tokens[rows, :N], thoughts, rollout.kind[rows, :N], in_cot,
+            rollout.logp[rows, :N])
 
 
 def reference_rollout(problems, tokenizer, notes, device):
     """Reference solutions in the form of a rollout whose every token was chosen."""
     prompts = [notes["prompt"].replace("{question}", p["question"]) for p in problems]
-    prompts = [torch.tensor(tokenizer.encode(p).ids, device=device) for p in prompts]
     tokens = [tokenizer.encode(worked_text(p), add_special_tokens=False).ids for p in problems]
     tokens = [torch.tensor(t + notes["eos"][:1], device=device) for t in tokens]
     padded = pad_sequence(tokens, batch_first=True)  # (R, N)
     length = torch.tensor([len(t) for t in tokens], device=device)
+    slot = torch.arange(padded.shape[1], device=device)
     return Rollout(
-        prompts=pad_sequence(prompts, batch_first=True), tokens=padded, length=length,
-        prompt_len=torch.tensor([len(p) for p in prompts], device=device),
-        kind=torch.full_like(padded, TOKEN, dtype=torch.uint8), cot_len=torch.zeros_like(length),
+        prompts=[tokenizer.encode(p).ids for p in prompts],
+        of_row=torch.arange(len(prompts), device=device), tokens=padded, length=length,
+        kind=torch.where(slot < length[:, None], TOKEN, NONE).to(torch.uint8),
         logp=torch.zeros(padded.shape, device=device), entropy=None, thoughts=None,
-        truncated=length < 0, cots=[], answers=[])
+        cot_len=torch.zeros_like(length), truncated=length < 0, cots=[], answers=[])
 
 
-def input_noise(ids, model, scale, seed):
-    """Gaussian noise for input embeddings: (b, T, D) float32, of a random scale per row, at most
-    `scale` times their root mean square.
+def input_noise(slots, model, scale, seed):
+    """Gaussian noise for what is fed in slots (b, N): (b, N, D) float32, of a random scale per row,
+    at most `scale` times the root mean square of the embeddings.
 
     A small model that never met noise does not survive soft tokens; this is NEFTune (arXiv
     2310.05914) with Gaussian noise.
     """
     key = np.random.SeedSequence(seed).generate_state(1)[0]
-    generator = torch.Generator(ids.device).manual_seed(int(key))
+    generator = torch.Generator(slots.device).manual_seed(int(key))
     table = model.embed_tokens.weight.detach()
     table = table.full_tensor() if hasattr(table, "full_tensor") else table
     rms = table.float().square().mean().sqrt()
-    scales = scale * torch.rand(len(ids), 1, 1, generator=generator, device=ids.device)
-    noise = torch.randn(*ids.shape, table.shape[1], generator=generator, device=ids.device)
+    scales = scale * torch.rand(len(slots), 1, 1, generator=generator, device=slots.device)
+    noise = torch.randn(*slots.shape, table.shape[1], generator=generator, device=slots.device)
     return scales * rms * noise
 
 
@@ -228,7 +227,8 @@ def distribute(model, dtype, device):
         for block in model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        register_fsdp_forward_method(model, "log_prob")
+        for method in ("read", "log_prob"):
+            register_fsdp_forward_method(model, method)
         return dict(model.named_parameters())
     if dtype == torch.float32:
         return dict(model.named_parameters())
@@ -432,25 +432,25 @@ def main(args):
         scored = [[row for row in share if weight[row] != 0] for share in shares]
         n_micro = max(-(-len(rows) // args.micro_batch) for rows in scored)
 
-        # 4. Log-prob and gradient, rows of like length together
+        # 4. Log-prob and gradient, rows of one question and of like length together
         clock = time.perf_counter()
-        lengths = dict(zip(mine, (rollout.prompt_len + rollout.length).tolist()))
-        rows = sorted(scored[rank], key=lengths.get)
+        lengths = dict(zip(mine, rollout.length.tolist()))
+        rows = sorted(scored[rank], key=lambda row: (row // G, lengths[row]))
         loss_sum, drifts = 0.0, [torch.zeros(0, device=args.device)]
         for i in range(n_micro):
             part = rows[i * args.micro_batch:(i + 1) * args.micro_batch]
             local = torch.tensor(part or [mine.start], device=args.device) - mine.start
-            ids, thoughts, kind, in_cot, sampled_logp = pack(rollout, local)
+            *packed, kind, in_cot, sampled_logp = pack(rollout, local)
             chosen = (kind == TOKEN) | (kind == THOUGHT)  # forced tokens have weight 0
             w = weight[part or [0]].float().to(args.device)[:, None] * chosen * bool(part)
             noise = None
             if args.input_noise:  # it grows in the second half of the steps: facts are learnt first
                 scale = args.input_noise * max(0.0, 2 * step / args.steps - 1)
-                noise = input_noise(ids, model, scale, (args.seed, step, rank, i)).to(dtype)
+                noise = input_noise(kind, model, scale, (args.seed, step, rank, i)).to(dtype)
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(i == n_micro - 1)
             tau = torch.where(in_cot, args.temperature, 1.0)
-            loss, logp = model.log_prob(ids, thoughts, kind == THOUGHT, w, tau, noise_std, noise)
+            loss, logp = model.log_prob(*packed, kind == THOUGHT, w, tau, noise_std, noise)
             (loss * world).backward()  # FSDP takes the mean over ranks
             loss_sum += loss.item()
             drifts.append((logp - sampled_logp)[w != 0].abs())

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import random_config, random_model
 from safetensors.torch import load_file, save_file
 
-from model import Config, InputError, KVCache, Transformer, WeightedLogProb, rope_frequencies
+from model import Config, InputError, KVCache, Transformer, WeightedLogProb, attend, rope_frequencies, softmax_
 
 FAMILIES = {
     "llama": {},
@@ -35,62 +35,84 @@ def noisy_norms_and_biases(model):
 
 # The cache
 
-def test_cached_decode_equals_full_forward():
-    model = random_model()
-    ids = torch.randint(61, (3, 12))
-    full = model(ids)
-    cache = KVCache(block=4)  # grows on the way
-    steps = [model(ids[:, :5], cache)] + [model(ids[:, t:t + 1], cache) for t in range(5, 12)]
-    torch.testing.assert_close(torch.cat(steps, 1), full, atol=1e-5, rtol=1e-5)
+def whole_rows(prompts, of_row, tails):
+    return [torch.cat((torch.tensor(prompts[q]), tail)) for q, tail in zip(of_row, tails)]
 
 
-def test_cached_chunk_of_several_tokens_equals_full_forward():
-    model, ids = random_model(), torch.randint(61, (2, 11))
-    cache = KVCache()
-    steps = [model(ids[:, :4], cache), model(ids[:, 4:9], cache), model(ids[:, 9:], cache)]
-    torch.testing.assert_close(torch.cat(steps, 1), model(ids), atol=1e-5, rtol=1e-5)
+PROMPT_IDS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8, 9]]
+OF_ROW = [2, 0, 0, 1, 2, 0]  # ragged groups, out of order
 
 
-def test_cached_decode_after_expand_and_keep_equals_full_forward():
-    model = random_model()
-    prompts, tails = torch.randint(61, (2, 6)), torch.randint(61, (6, 4))
-    cache = KVCache()
-    model(prompts, cache)
-    cache.expand(3)
-    whole = torch.cat((prompts.repeat_interleave(3, 0), tails), 1)
-    first = model(tails[:, :2], cache)
-    kept = torch.tensor([5, 0, 2])
+@torch.no_grad()
+def decode(model, cache, tails, steps):
+    return torch.cat([model(tails[:, t:t + 1], cache) for t in steps], 1)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4), (6, 1)])
+@pytest.mark.parametrize("device_has_the_fused_kernel", [True, False])
+def test_decoding_behind_shared_prompts_equals_each_row_alone(heads, device_has_the_fused_kernel, monkeypatch):
+    if not device_has_the_fused_kernel:  # the formulas that other devices use
+        monkeypatch.setattr("model.attend", lambda *args: attend(*args, fused=False))
+    model = random_model(num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    tails = torch.randint(61, (6, 9))
+    last, cache = model.read(PROMPT_IDS)
+    cache.block = 4  # grows on the way
+    cache.branch(torch.tensor(OF_ROW))
+    out = decode(model, cache, tails, range(9))
+    for row, q, ids in zip(out, OF_ROW, whole_rows(PROMPT_IDS, OF_ROW, tails)):
+        full = model(ids[None])[0]
+        torch.testing.assert_close(row, full[-9:], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(last[q], full[len(PROMPT_IDS[q]) - 1], atol=1e-5, rtol=1e-5)
+
+
+def test_several_positions_at_once_equal_one_by_one():
+    model, tails = random_model(), torch.randint(61, (6, 9))
+    for parts in ([9], [4, 5], [1, 3, 1, 4]):
+        _, cache = model.read(PROMPT_IDS)
+        cache.branch(torch.tensor(OF_ROW))
+        out = torch.cat([model(part, cache) for part in tails.split(parts, 1)], 1)
+        for row, ids in zip(out, whole_rows(PROMPT_IDS, OF_ROW, tails)):
+            torch.testing.assert_close(row, model(ids[None])[0, -9:], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_leave_and_others_enter_a_cache_and_decode_as_alone():
+    model, tails = random_model(), torch.randint(61, (6, 9))
+    _, cache = model.read(PROMPT_IDS)
+    cache.branch(torch.tensor(OF_ROW))
+    decode(model, cache, tails, range(3))
+    kept = torch.tensor([5, 0, 4])  # prompts 0 and 2 remain
     cache.keep(kept)
-    rest = model(tails[kept, 2:], cache)
-    torch.testing.assert_close(first, model(whole)[:, 6:8], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rest, model(whole[kept])[:, 8:], atol=1e-5, rtol=1e-5)
+    assert len(cache.prompt_len) == 2
+    out = decode(model, cache, tails[kept], range(3, 5))
+    for row, ids in zip(out, [whole_rows(PROMPT_IDS, OF_ROW, tails)[i] for i in kept]):
+        torch.testing.assert_close(row, model(ids[None])[0, -6:-4], atol=1e-5, rtol=1e-5)
+
+    long, entering = [[*range(20, 31)]], torch.randint(61, (2, 9))  # a prompt longer than all others
+    _, other = model.read(long)
+    other.branch(torch.tensor([0, 0]))
+    cache.join(other)
+    now = torch.cat((tails[kept, 5:8], entering[:, :3]))
+    out = decode(model, cache, now, range(3))
+    for row, ids in zip(out[:3], [whole_rows(PROMPT_IDS, OF_ROW, tails)[i] for i in kept]):
+        torch.testing.assert_close(row, model(ids[None])[0, -4:-1], atol=1e-5, rtol=1e-5)
+    for row, ids in zip(out[3:], whole_rows(long, [0, 0], entering)):
+        torch.testing.assert_close(row, model(ids[None])[0, 11:14], atol=1e-5, rtol=1e-5)
+
+    cache.keep(torch.tensor([4, 3]))  # the old rows leave, with their columns
+    assert cache.length == 3 and len(cache.prompt_len) == 1
+    out = decode(model, cache, entering.flip(0), range(3, 9))
+    for row, ids in zip(out.flip(0), whole_rows(long, [0, 0], entering)):
+        torch.testing.assert_close(row, model(ids[None])[0, -6:], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [(7, 3), (3, 7)])
-def test_joined_caches_of_unequal_length_decode_as_each_alone(lengths):
+def test_prompts_of_unequal_length_run_as_each_alone_and_padding_is_finite():
     model = random_model()
-    rows = [torch.randint(61, (1, n + 1)) for n in lengths]
-    caches = [KVCache(), KVCache()]
-    for row, cache in zip(rows, caches):
-        model(row[:, :-1], cache)
-    cache = caches[0]
-    cache.join(caches[1])
-    start = torch.tensor([max(lengths) - n for n in lengths])
-    out = model(torch.cat([r[:, -1:] for r in rows]), cache, positions=torch.tensor(lengths)[:, None],
-                key_mask=torch.arange(max(lengths) + 1) >= start[:, None])
-    for i, row in enumerate(rows):
-        torch.testing.assert_close(out[i], model(row)[0, -1:], atol=1e-5, rtol=1e-5)
-
-
-def test_left_padded_batch_equals_each_prompt_alone():
-    model = random_model()
-    rows = [torch.randint(61, (n,)) for n in (9, 4, 1)]
-    ids = torch.stack([F.pad(r, (9 - len(r), 0)) for r in rows])
-    start = torch.tensor([9 - len(r) for r in rows])[:, None]
-    out = model(ids, KVCache(), positions=(torch.arange(9) - start).clamp(min=0), key_mask=torch.arange(9) >= start)
+    cache = KVCache(torch.tensor([9, 4, 1]))
+    ids = torch.randint(61, (3, 9))
+    out = model(ids, cache)
     assert out.isfinite().all()
-    for i, r in enumerate(rows):
-        torch.testing.assert_close(out[i, start[i]:], model(r[None])[0], atol=1e-5, rtol=1e-5)
+    for row, hidden, n in zip(ids, out, (9, 4, 1)):
+        torch.testing.assert_close(hidden[-n:], model(row[None, -n:])[0], atol=1e-5, rtol=1e-5)
 
 
 def test_embeddings_as_input_equal_their_token_ids():
@@ -175,6 +197,13 @@ def test_derivative_by_logits_is_the_formula_of_the_paper():
     ones = torch.ones(1, dtype=torch.float64)
     loss, _ = WeightedLogProb.apply(hidden, lm_head, embed, action, ones, tau, sigma, True)
     torch.testing.assert_close(torch.autograd.grad(loss, lm_head)[0][:, 0], expected)
+
+
+def test_softmax_in_place():
+    z = torch.randn(5, 300) * 30
+    expected = z.double().softmax(-1).float()
+    assert softmax_(z) is z
+    torch.testing.assert_close(z, expected)
 
 
 def test_soft_embedding_is_the_expected_embedding():

@@ -98,7 +98,8 @@ def test_prompt_longer_than_all_that_is_cached_enters_and_decodes_as_alone(tiny,
     with torch.no_grad():
         model.embed_tokens.weight[2] *= 1.5
     joined, join = [], KVCache.join
-    monkeypatch.setattr(KVCache, "join", lambda self, other: (joined.append((self.length, other.length)), join(self, other)))
+    monkeypatch.setattr(KVCache, "join", lambda self, other: (
+        joined.append((int(self.prompt_len.max()) + self.length, int(other.prompt_len.max()))), join(self, other)))
     prompts = ["User: 1 Assistant:"] * 3 + ["User: " + "3+" * 60 + "4 Assistant:"] * 3
     at_once, entering = (generate(model, tokenizer, prompts, 1, "soft", batch=b, **SHORT | dict(cot_len=21)) for b in (6, 3))
     assert any(new > old for old, new in joined)
@@ -132,14 +133,18 @@ def test_noise_has_the_given_deviation_and_sampled_density(tiny):
     torch.testing.assert_close(out.logp[:, 0], density, atol=1e-3, rtol=1e-4)
 
 
-def test_tokens_are_drawn_with_their_probabilities():
-    probs = torch.tensor([0.5, 0.0, 0.2, 0.3])
-    uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    counts = sample_tokens(probs.expand(20000, 4), uniform).bincount(minlength=4) / 20000
-    torch.testing.assert_close(counts, probs, atol=0.015, rtol=0)
-    assert counts[1] == 0
-    edges = sample_tokens(probs.expand(2, 4), torch.tensor([0.0, 1 - 2 ** -24]))
-    assert edges.tolist() == [0, 3]
+@pytest.mark.parametrize("V", [4, 6, 512, 768, 1031])
+def test_tokens_are_drawn_with_their_probabilities(V):
+    g = torch.Generator().manual_seed(V)
+    probs = torch.rand(V, generator=g) * (torch.rand(V, generator=g) < 0.5)
+    probs[:2], probs[-2:] = torch.tensor([0.0, V / 8]), torch.tensor([V / 4, 0.0])
+    probs /= probs.sum()
+    n = 200_000
+    uniform = (torch.arange(n) + torch.rand(n, generator=g)) / n
+    counts = torch.cat([sample_tokens(probs.expand(2000, V), u) for u in uniform.split(2000)]).bincount(minlength=V) / n
+    torch.testing.assert_close(counts, probs, atol=2e-5, rtol=0)  # a stratified sample: within two counts of 1 / n each
+    edges = sample_tokens(probs.expand(2, V), torch.tensor([0.0, 1 - 2 ** -24]))
+    assert edges.tolist() == [V - 2, 1]  # never one of probability 0
 
 
 def test_entropy_is_that_of_temperature_one(tiny):

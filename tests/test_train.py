@@ -46,9 +46,9 @@ def rollout_of(tiny, mode, **changes):
 
 
 def score(model, rollout, rows, weight=1.0, tau=1.0, noise_std=0.1):
-    ids, thoughts, kind, in_cot, sampled = pack(rollout, torch.tensor(rows))
+    *packed, kind, in_cot, sampled = pack(rollout, torch.tensor(rows))
     w = ((kind == TOKEN) | (kind == THOUGHT)) * weight * torch.ones(len(rows), 1)
-    loss, logp = model.log_prob(ids, thoughts, kind == THOUGHT, w, torch.where(in_cot, tau, 1.0), noise_std)
+    loss, logp = model.log_prob(*packed, kind == THOUGHT, w, torch.where(in_cot, tau, 1.0), noise_std)
     return loss, logp, sampled, w != 0
 
 
@@ -79,28 +79,28 @@ def test_bfloat16_action_is_scored_as_it_was_fed(tiny, mode):
     assert (logp - sampled)[chosen].abs().median() < 0.1
 
 
-def test_pack_puts_prompt_and_slots_without_a_gap(tiny):
+def test_pack_holds_each_prompt_once_and_the_slots_of_its_rows(tiny):
     rollout = rollout_of(tiny, "soft")
-    ids, thoughts, kind, in_cot, _ = pack(rollout, torch.tensor([7, 2]))
-    for i, r in enumerate((7, 2)):
-        p, n, c = int(rollout.prompt_len[r]), int(rollout.length[r]), int(rollout.cot_len[r])
-        prompt = tiny[1].encode(PROMPTS[r // 6]).ids
-        assert ids[i, :p].tolist() == prompt and len(prompt) == p
-        assert torch.equal(ids[i, p:p + n], rollout.tokens[r, :n])
-        assert torch.equal(kind[i, p:p + n], rollout.kind[r, :n])
-        assert (kind[i, :p] == NONE).all() and (kind[i, p + n:] == NONE).all()
-        assert torch.equal(thoughts[i, p:p + c], rollout.thoughts[r, :c])
-        assert in_cot[i].nonzero()[:, 0].tolist() == [*range(p, p + c)]
+    for rows, n_prompts in (([7, 2, 8], 2), ([9, 6], 1)):
+        prompts, of_row, tokens, thoughts, kind, in_cot, _ = pack(rollout, torch.tensor(rows))
+        assert len(prompts) == n_prompts
+        for i, r in enumerate(rows):
+            n, c = int(rollout.length[r]), int(rollout.cot_len[r])
+            assert prompts[of_row[i]] == tiny[1].encode(PROMPTS[r // 6]).ids
+            assert torch.equal(tokens[i, :n], rollout.tokens[r, :n]) and torch.equal(kind[i, :n], rollout.kind[r, :n])
+            assert (kind[i, n:] == NONE).all() and thoughts.shape[:2] == tokens.shape
+            assert torch.equal(thoughts[i, :c], rollout.thoughts[r, :c])
+            assert in_cot[i].nonzero()[:, 0].tolist() == [*range(c)]
 
 
 def test_prefilled_tokens_have_no_weight_and_the_last_token_has(tiny):
     rollout = rollout_of(tiny, "hard")
     _, logp, _, chosen = score(tiny[0], rollout, [*range(12)])
     for r in range(12):
-        p, c, n = int(rollout.prompt_len[r]), int(rollout.cot_len[r]), int(rollout.length[r])
+        c, n = int(rollout.cot_len[r]), int(rollout.length[r])
         forced = int((rollout.kind[r] == 3).sum())
-        assert forced and not chosen[r, p + c:p + c + forced].any() and (logp[r, p + c:p + c + forced] == 0).all()
-        assert chosen[r, p + n - 1] and logp[r, p + n - 1] < 0  # the token that ended the answer
+        assert forced and not chosen[r, c:c + forced].any() and (logp[r, c:c + forced] == 0).all()
+        assert chosen[r, n - 1] and logp[r, n - 1] < 0  # the token that ended the answer
 
 
 def test_end_of_sequence_token_gets_gradient(tiny):
@@ -168,14 +168,14 @@ def test_soft_policy_gradient_is_the_gradient_of_the_expected_reward(tied):
     with torch.no_grad():
         thoughts, answers = distribution()
     n = len(nodes) * 4
-    ids = torch.cat((prompt, prompt[:2])).repeat(n, 1)
-    ids[:, 4] = torch.arange(4).repeat(len(nodes))
-    stored = torch.zeros(n, 5, 2, dtype=torch.float64)
-    stored[:, 3] = thoughts.repeat_interleave(4, 0)
-    is_thought = (torch.arange(5) == 3).expand(n, 5)
-    weight = torch.zeros(n, 5, dtype=torch.float64)
-    weight[:, 3] = weight[:, 4] = -(mass[:, None] * answers * R).flatten()  # the probability of each case times -R
-    loss, _ = model.log_prob(ids, stored, is_thought, weight, torch.where(is_thought, tau, 1.0), sigma)
+    tokens = torch.arange(4).repeat(len(nodes))[:, None].expand(n, 2)
+    stored = torch.zeros(n, 2, 2, dtype=torch.float64)
+    stored[:, 0] = thoughts.repeat_interleave(4, 0)
+    is_thought = torch.tensor([True, False]).expand(n, 2)
+    weight = -(mass[:, None] * answers * R).view(n, 1).expand(n, 2)  # the probability of each case times -R
+    of_row = torch.zeros(n, dtype=torch.long)
+    loss, _ = model.log_prob([prompt.tolist()], of_row, tokens, stored, is_thought, weight,
+                             torch.where(is_thought, tau, 1.0), sigma)
     loss.backward()
 
     g = torch.Generator().manual_seed(0)
@@ -202,10 +202,9 @@ def test_hard_policy_gradient_is_the_gradient_of_the_expected_reward():
         logp = (model(rows) @ model.lm_head.weight.T).log_softmax(-1)[:, 2:4]
         return logp.gather(-1, cases[..., None]).sum((1, 2)).exp()
     expected = torch.autograd.grad((probabilities() * R).sum(), [*model.parameters()])
-    weight = torch.zeros(16, 5, dtype=torch.float64)
-    weight[:, 3:] = -(probabilities().detach() * R)[:, None]
-    ids = torch.cat((prompt.expand(16, 3), cases), 1)
-    loss, _ = model.log_prob(ids, None, torch.zeros(16, 5, dtype=torch.bool), weight, 1.0, None)
+    weight = -(probabilities().detach() * R)[:, None].expand(16, 2)
+    loss, _ = model.log_prob([prompt.tolist()], torch.zeros(16, dtype=torch.long), cases, None,
+                             torch.zeros(16, 2, dtype=torch.bool), weight, 1.0, None)
     loss.backward()
     for p, e in zip(model.parameters(), expected):
         torch.testing.assert_close(-p.grad, e)
@@ -232,7 +231,8 @@ def test_bfloat16_training_accumulates_in_float32_masters():
     ids = torch.randint(61, (2, 5))
     grads = []
     for _ in range(2):
-        loss, _ = model.log_prob(ids, None, torch.zeros(2, 5, dtype=torch.bool), torch.ones(2, 5), 1.0, None)
+        loss, _ = model.log_prob([[1, 2]], torch.tensor([0, 0]), ids, None, torch.zeros(2, 5, dtype=torch.bool),
+                                 torch.ones(2, 5), 1.0, None)
         loss.backward()
         assert all(p.grad is None for p in model.parameters())
         grads.append({k: m.grad.clone() for k, m in masters.items()})
