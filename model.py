@@ -144,6 +144,13 @@ def softmax_(z):
     return z.exp_().div_(z.sum(-1, keepdim=True))
 
 
+def add_product(out, a, b, block=1024):
+    """out (V, D) += a^T b of (n, V) and (n, D), by blocks of rows that stay in the cache between
+    the product and the addition."""
+    for i in range(0, len(out), block):
+        out[i:i + block] += a[:, i:i + block].T @ b
+
+
 class WeightedLogProb(torch.autograd.Function):
     """sum_n weight_n log pi(action_n | hidden_n) and every log pi, never holding an (N, V) tensor.
 
@@ -197,14 +204,16 @@ class WeightedLogProb(torch.autograd.Function):
                 at_token = (w / tau).expand_as(chosen)
                 dz = p.mul_(-w / tau).scatter_add_(-1, a[:, None], at_token).to(narrow)
             grad_hidden[rows] = dz @ lm_head
-            if is_thought and tied:  # both terms of the one table in one matmul
-                grad_head += torch.cat((dz, p_narrow)).T @ torch.cat((h, g))
+            if is_thought and tied:  # both terms of the one table in one product
+                add_product(grad_head, torch.cat((dz, p_narrow)), torch.cat((h, g)))
             else:
-                grad_head += dz.T @ h
+                add_product(grad_head, dz, h)
                 if is_thought:
-                    grad_embed += p_narrow.T @ g
+                    add_product(grad_embed, p_narrow, g)
         if with_grad:
-            ctx.save_for_backward(grad_hidden, grad_head, grad_embed)
+            z = p = p_narrow = dp = dz = None  # free the last chunk before the tables are narrowed
+            ctx.save_for_backward(grad_hidden, *(
+                None if g is None else g.to(narrow) for g in (grad_head, grad_embed)))
         ctx.mark_non_differentiable(logp)
         return (weight * logp).sum(), logp
 
