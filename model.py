@@ -4,11 +4,13 @@ A Llama / Qwen2 / Qwen3 transformer, its KV cache, its checkpoints, and the soft
     model = Transformer.from_pretrained("path/to/checkpoint", dtype=torch.bfloat16, device="cuda")
     hidden = model(ids)            # ids (B, T) or embeddings (B, T, D) -> (B, T, D)
     logits = model.logits(hidden)  # (B, T, V) float32
+    last, cache = model.read(prompts)  # each prompt once, for all rows that will continue it
     thought = model.soft_embedding(logits.softmax(-1))  # p E, without noise, (B, T, D) float32
 
 Equation numbers are those of "Soft Tokens, Hard Truths" (arXiv 2509.19170).
-Dimensions: B rows, T new positions, S positions in the cache, V vocabulary, D width, H heads,
-N scored positions. Parameters are named as in a Hugging Face checkpoint, less the prefix "model.".
+Dimensions: Q prompts, P their positions, B rows, T new positions, S a row's own positions in the
+cache, V vocabulary, D width, H heads, N scored positions. Parameters are named as in a Hugging Face
+checkpoint, less the prefix "model.".
 """
 import json
 import math
@@ -250,15 +252,26 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # sin is negative in the first half
 
 
+def masked_attention(q, k, v, mask):
+    """Attention of q (B, H, T, head_dim) to k, v (B, H_kv, S, head_dim), mask (B, 1, T, S) bool.
+
+    The query heads of a shared key head are simply several queries to it.
+    """
+    n = q.shape[1] // k.shape[1]
+    queries = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, H_kv, n T, head_dim)
+    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask.repeat(1, 1, n, 1))
+    return out.reshape(q.shape)
+
+
 def attend(q, k, v, bias, fused=True):
     """Attention of q (B, H, n, head_dim) to k, v (B, H, S, head_dim) with a float32 bias on scores.
 
     Returns the output (B, H, n, head_dim), and the logarithm of what its softmax divided by,
     (B, H, n, 1): two outputs over different keys can be joined by it. Without gradients.
     """
-    if fused and q.device.type == "cpu":  # the kernel of scaled_dot_product_attention, which drops log_sum
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, log_sum = fused(q, k, v, attn_mask=bias)
+    if fused and q.device.type == "cpu":  # scaled_dot_product_attention's kernel also knows log_sum
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = kernel(q, k, v, attn_mask=bias)
         return out, log_sum[..., None]
     scores = torch.add(bias, q @ k.mT, alpha=q.shape[-1] ** -0.5)
     weights = scores.softmax(-1)
@@ -302,8 +315,9 @@ class KVCache:
         self.slots = torch.zeros(len(prompts) * M, dtype=torch.long, device=of_row.device)
         self.slots = self.slots.index_copy(0, self.at, rows).view(-1, M)
 
-    def prepare(self, T, device):
+    def prepare(self, T):
         """Set the masks for T new positions. Returns these positions, (Q or B, T)."""
+        device = self.prompt_len.device
         column = torch.arange(T, device=device)
         if self.of_row is None:  # the prompts; padding sees itself, as an empty softmax is NaN
             position = column - (T - self.prompt_len[:, None])
@@ -363,7 +377,7 @@ class KVCache:
         prompt, prompt_sum = attend(grouped, prompt_k, prompt_v, self.biases[0])
         own, own_sum = attend(queries, k, v, self.biases[1])
         share = torch.sigmoid(own_sum - by_row(prompt_sum)).to(q.dtype)
-        return torch.lerp(by_row(prompt), own, share).view(q.shape)
+        return torch.lerp(by_row(prompt), own, share).reshape(q.shape)
 
     def keep(self, rows):
         """Keep only the given rows (1-D index), the columns that they use, and their prompts."""
@@ -379,31 +393,18 @@ class KVCache:
 
     def join(self, other):
         """Add another cache's prompts and rows behind these."""
-        def below(a, b):  # the narrower one gets unused columns on its left
-            width = max(a.shape[2], b.shape[2])
-            return torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in (a, b)])
-        self.own, self.prompts = (
-            [tuple(below(a, b) for a, b in zip(*pairs)) for pairs in zip(mine, theirs)]
-            for mine, theirs in ((self.used(), other.used()), (self.prompts, other.prompts)))
+        def below(mine, theirs):  # the narrower ones get unused columns on their left
+            width = max(mine[0][0].shape[2], theirs[0][0].shape[2])
+            return [tuple(torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in both])
+                          for both in zip(*pairs)) for pairs in zip(mine, theirs)]
+        self.prompts = below(self.prompts, other.prompts)
+        self.own = below(*([tuple(x[:, :, :c.length] for x in pair) for pair in c.own]
+                           for c in (self, other)))
         self.length = max(self.length, other.length)
         self.age = torch.cat((self.age, other.age))
         of_row = torch.cat((self.of_row, other.of_row + len(self.prompt_len)))
         self.prompt_len = torch.cat((self.prompt_len, other.prompt_len))
         self.group(of_row)
-
-    def used(self):
-        return [tuple(x[:, :, :self.length] for x in pair) for pair in self.own]
-
-
-def masked_attention(q, k, v, mask):
-    """Attention of q (B, H, T, head_dim) to k, v (B, H_kv, S, head_dim), mask (B, 1, T, S) bool.
-
-    The query heads of a shared key head are simply several queries to it.
-    """
-    n = q.shape[1] // k.shape[1]
-    queries = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, H_kv, n T, head_dim)
-    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask.repeat(1, 1, n, 1))
-    return out.view(q.shape)
 
 
 class Attention(nn.Module):
@@ -496,7 +497,7 @@ class Transformer(nn.Module):
         if cache is None:
             positions = torch.arange(T, device=h.device)[None]
         else:
-            positions = cache.prepare(T, h.device)
+            positions = cache.prepare(T)
         self.frequencies = self.frequencies.to(h.device)
         angles = positions[..., None, None] * self.frequencies  # (B, T, 1, hd / 2), float32
         cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)

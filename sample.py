@@ -12,6 +12,8 @@ Dimensions: B live rows, R all rows, Q prompts, G samples per prompt, N slots pe
 D width.
 """
 import argparse
+import contextlib
+import ctypes
 import math
 import sys
 import time
@@ -38,7 +40,7 @@ MODES = {"hard": 1.0, "soft": 0.5, "fuzzy": 1e-4}  # temperature of the chain of
 NOISE_SCALE = 0.33  # sigma over the root mean square of the embedding table (eq. 6)
 SETTINGS = [f"{mode}_{how}" for mode in MODES for how in ("greedy", "sample")]
 
-# Who chose a slot: nobody yet, a sampled token, a noisy embedding, the prefill
+# Who chose a slot: nobody yet, a sampled token, a noisy embedding, the forced words
 NONE, TOKEN, THOUGHT, FORCED = range(4)
 COT, PREFILL, ANSWER, DONE = range(4)  # the phases of a row, in the order it passes through them
 # Steps between two looks at which rows have finished: the only times the host waits for the device
@@ -372,6 +374,14 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
 # --------------------------------------------------------------------------------------------------
 # Loading, and the command line
 
+def keep_freed_memory():
+    """Ask glibc not to return freed memory to the system: on a CPU, paging it in again for the next
+    large tensors costs a good part of each step. Does nothing where there is no glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL("libc.so.6").mallopt(option, 2 ** 31 - 1)
+
+
 def load(path, dtype=torch.float32, device="cpu", prompt_file=None):
     """A checkpoint directory as (model, tokenizer, notes).
 
@@ -380,6 +390,8 @@ def load(path, dtype=torch.float32, device="cpu", prompt_file=None):
     "embedding_rms" of the base model's E; and "eos", the end-of-sequence ids.
     """
     path = Path(path)
+    if device == "cpu":
+        keep_freed_memory()
     model = Transformer.from_pretrained(path, dtype, device)
     file = path / "tokenizer.json"
     try:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from eval import (TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, evaluate, judge,
                   load_problems, worked_text)
-from model import Config, InputError, Transformer, read_json
+from model import Config, InputError, Transformer, WeightedLogProb, read_json
 from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Rollout, Watch,
                     generate, load, positive)
 
@@ -62,6 +62,7 @@ CARELESS = 0.5  # how often the writers of the tiny base's texts take a sign for
 
 # What is recorded of every row, and averaged over the rows for the log
 STATS = ("tokens", "reward", "correct", "unparsed", "truncated", "cot_len", "entropy", "eos")
+PLAN_PROMPT_LEN = 160  # tokens of a prompt that --plan reckons with
 ENTROPY_EVERY = 8  # slots between two measurements of the entropy: it costs a pass over V
 
 
@@ -298,6 +299,63 @@ def peak_memory_gb(device):
 
 
 # --------------------------------------------------------------------------------------------------
+# What a run will take
+
+def memory(args, config, ranks, micro_batch):
+    """Peak memory of one of so many ranks in bytes, {what: bytes}; a prompt counts PLAN_PROMPT_LEN.
+
+    "weights" are the float32 masters and what is gathered of the copy that computes; "activations"
+    what a micro-batch keeps for its backward pass. Generation and scoring take turns: the larger
+    one counts, and the other's parts are 0.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    n, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.layers[0]))
+    w, D, I, L = (getattr(torch, args.dtype).itemsize, config.hidden_size, config.intermediate_size,
+                  config.num_hidden_layers)
+    heads, kv = (k * config.head_dim for k in (
+        config.num_attention_heads, config.num_key_value_heads))
+    table, P = config.vocab_size * D, PLAN_PROMPT_LEN
+    N = args.cot_len + args.answer_len + 12  # and the forced words
+    rows = -(-args.prompts * args.samples // ranks)
+    rows_of_prompt = min(args.samples, rows)
+    b, prompts = min(micro_batch, rows), -(-min(micro_batch, rows) // rows_of_prompt)
+
+    fixed = {"weights": 4 * n / ranks, "gradients": 4 * n / ranks, "optimizer": 8 * n / ranks,
+             "thoughts": rows * args.cot_len * D * w if args.mode in ("soft", "fuzzy") else 0}
+    whole = 0 if ranks == 1 and w == 4 else n * w  # of the copy that computes
+    generation = {
+        "weights": whole, "logits": rows * config.vocab_size * (4 + 2 * w),
+        "cache": 2 * L * kv * w * (rows // rows_of_prompt * P + rows * (N + 64))}
+    positions = prompts * P + b * N
+    norm = 2 * w if args.device.startswith("cuda") else 16  # its fused kernel keeps less
+    layer = (positions * (w * (2 * D + 3 * heads + 2 * kv + 4 * I) + norm * D)
+             + b * (P + N) * w * (2 * kv + N * heads // kv))  # keys, values and mask of whole rows
+    scoring = {
+        "weights": whole if ranks == 1 else min(whole, (n - L * block + 2 * block) * w),
+        "activations": L * layer,
+        "fused path": WeightedLogProb.CHUNK * config.vocab_size * (8 + 5 * w) + table * (4 + 2 * w)}
+    phase = max(generation, scoring, key=lambda part: sum(part.values()))
+    names = dict.fromkeys((*fixed, *generation, *scoring))
+    return {name: fixed.get(name, 0) + phase.get(name, 0) for name in names}
+
+
+def plan(args):
+    """Print memory() for several numbers of ranks, and the largest micro-batch in --plan GB."""
+    config = Config.from_json(Path(args.model) / "config.json")
+    used = {ranks: memory(args, config, ranks, args.micro_batch) for ranks in (1, 2, 4, 8)}
+    lines = {"GB per rank, ranks:": used.keys()}
+    lines |= {name: [f"{u[name] / 1e9:.2f}" for u in used.values()] for name in used[1]}
+    lines["total"] = [f"{sum(u.values()) / 1e9:.2f}" for u in used.values()]
+    lines[f"micro_batch in {args.plan:g} GB"] = [
+        max((b for b in range(1, args.prompts * args.samples // ranks + 1)
+             if sum(memory(args, config, ranks, b).values()) <= 1e9 * args.plan), default="none")
+        for ranks in used]
+    for name, cells in lines.items():
+        print(f"{name:24}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+# --------------------------------------------------------------------------------------------------
 # Training
 
 def main(args):
@@ -318,6 +376,10 @@ def main(args):
     elif args.samples < 2:
         raise InputError(
             f"--samples {args.samples}: RLOO compares the samples of a question; use 2 or more")
+    if args.plan:
+        if args.model is None:
+            raise InputError("--plan: of which model? Add --model with a directory of config.json")
+        return plan(args)
     if args.model is None and not sft:
         args.model = str(tiny_base(args))
     elif args.model is None:
@@ -354,7 +416,8 @@ def main(args):
             raise InputError(f"--data {args.data}: problems without solutions cannot be imitated; "
                              "give a file with solutions, or use another --mode")
 
-    optimizer = torch.optim.AdamW(masters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        masters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     own = "hard_greedy" if sft else f"{args.mode}_greedy"
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)  # it says that a run is complete
@@ -530,6 +593,8 @@ if __name__ == "__main__":
     parser.add_argument("--input_noise", type=float,
                         help="most noise on input embeddings, in RMS, for supervised training")
     parser.add_argument("--verifier", choices=VERIFIERS, default="own")
+    parser.add_argument("--plan", type=positive(float), metavar="GB", help="only print the memory "
+                        "that the run would take, and the micro-batch that fits this much")
     parser.add_common()
     parser.run(main)
     if dist.is_initialized():

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import evaluate, load_problems  # noqa: E402
-from model import WeightedLogProb  # noqa: E402
+from model import Config, WeightedLogProb  # noqa: E402
 from sample import MODES, Watch, generate, load  # noqa: E402
 
 COT_LEN, ANSWER_LEN = 112, 8  # with the forced words about 128 tokens a sample
@@ -187,19 +187,21 @@ def bench_loss(args):
 # A whole step of reinforcement learning, each side in a process of its own
 
 def our_step(args, mode, n_prompts, runs):
-    """(median seconds of a step, peak resident GB) of train.py on args.model, with rewards that differ."""
+    """(median seconds of a step, peak resident GB, what --plan foretells of it) of train.py on args.model."""
     import train
-    rewards = itertools.cycle([100.0, 0.0])
-    train.reward = lambda *_: next(rewards)  # no group is skipped
+    before, rewards = train.peak_memory_gb("cpu"), itertools.cycle([100.0, 0.0])
+    train.reward = lambda *_: next(rewards)  # rewards differ, so that no group is skipped
     with tempfile.TemporaryDirectory() as out:
         given = dict(
             mode=mode, model=args.model, data=args.data, out=out, steps=runs + 1, prompts=n_prompts,
             samples=args.samples, cot_len=COT_LEN, answer_len=ANSWER_LEN, micro_batch=16, val_size=1,
             eval_every=runs + 1, dtype="bfloat16", seed=0, device="cpu", clip=1.0, verifier="own")
         unset = ("lr", "warmup", "input_noise", "prompt_file", "temperature", "noise_scale", "plan")
-        train.main(Namespace(**given, **dict.fromkeys(unset)))
+        train.main(run := Namespace(**given, **dict.fromkeys(unset)))
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return statistics.median(x["generate_s"] + x["train_s"] for x in lines[1:]), lines[-1]["peak_gb"]
+    foretold = sum(train.memory(run, Config.from_json(Path(args.model) / "config.json"), 1, 16).values()) / 1e9
+    return (statistics.median(x["generate_s"] + x["train_s"] for x in lines[1:]), lines[-1]["peak_gb"],
+            before + foretold)
 
 
 def trl_step(args, n_prompts, runs):
@@ -238,16 +240,17 @@ def bench_step(args):
     def alone(function, *arguments):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             return pool.submit(function, args, *arguments).result()
-    hard, hard_gb = alone(our_step, "hard", n_prompts, args.runs)
+    hard, hard_gb, _ = alone(our_step, "hard", n_prompts, args.runs)
     print(f"hard: {hard:.1f} s, {hard_gb:.2f} GB", flush=True)
-    soft, soft_gb = alone(our_step, "soft", n_prompts, args.runs)
+    soft, soft_gb, foretold_gb = alone(our_step, "soft", n_prompts, args.runs)
     print(f"soft: {soft:.1f} s, {soft_gb:.2f} GB", flush=True)
     report("step_soft_vs_hard", soft, hard)
+    report("plan_vs_measured_memory", foretold_gb, soft_gb)
     trl, trl_gb = alone(trl_step, n_prompts, args.runs)
     print(f"RLOOTrainer: {trl:.1f} s, {trl_gb:.2f} GB", flush=True)
     report("step_hard_vs_trl", hard, trl)
     report("step_memory_vs_trl", hard_gb, trl_gb)
-    many, _ = alone(our_step, "hard", 4 * n_prompts, args.runs)
+    many, *_ = alone(our_step, "hard", 4 * n_prompts, args.runs)
     report("rows_scaling", many, hard)
 
 
