@@ -984,7 +984,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=positive(int), default=32,
                         help="per problem, in the sample settings")
     parser.add_argument("--limit", type=positive(int), help="only the first so many problems")
-    parser.add_argument("--batch", type=positive(int), default=64, help="rows alive at a time")
+    parser.add_argument("--batch", type=positive(int), default=256, help="rows alive at a time")
     parser.add_argument("--verifier", choices=VERIFIERS, default="own")
     parser.add_argument("--base", help="checkpoint directory: KL(base || model) on multiple choice")
     parser.add_argument("--out", help="results file, .json; an interrupted run is continued")

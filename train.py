@@ -301,21 +301,21 @@ def peak_memory_gb(device):
 # --------------------------------------------------------------------------------------------------
 # What a run will take
 
-def memory(args, config, ranks, micro_batch):
-    """Peak memory of one of so many ranks in bytes, {what: bytes}; a prompt counts PLAN_PROMPT_LEN.
+def memory(args, model, ranks, micro_batch):
+    """Memory of one of so many ranks, {what: bytes}; a prompt counts PLAN_PROMPT_LEN tokens.
 
-    "weights" are the float32 masters and what is gathered of the copy that computes; "activations"
-    what a micro-batch keeps for its backward pass. Generation and scoring take turns: the larger
-    one counts, and the other's parts are 0.
+    The model may be on the meta device. "activations" is what a micro-batch keeps for its backward
+    pass. Generation and scoring take turns, so the "peak" is all that is always there (weights,
+    which are float32, gradients, optimizer, thoughts) plus the larger of the two.
     """
-    with torch.device("meta"):
-        model = Transformer(config)
+    config = model.config
     n, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.layers[0]))
     w, D, I, L = (getattr(torch, args.dtype).itemsize, config.hidden_size, config.intermediate_size,
                   config.num_hidden_layers)
     heads, kv = (k * config.head_dim for k in (
         config.num_attention_heads, config.num_key_value_heads))
-    table, P = config.vocab_size * D, PLAN_PROMPT_LEN
+    tables = config.vocab_size * D * (1 if config.tie_word_embeddings else 2)
+    P = PLAN_PROMPT_LEN
     N = args.cot_len + args.answer_len + 12  # and the forced words
     rows = -(-args.prompts * args.samples // ranks)
     rows_of_prompt = min(args.samples, rows)
@@ -325,34 +325,34 @@ def memory(args, config, ranks, micro_batch):
              "thoughts": rows * args.cot_len * D * w if args.mode in ("soft", "fuzzy") else 0}
     whole = 0 if ranks == 1 and w == 4 else n * w  # of the copy that computes
     generation = {
-        "weights": whole, "logits": rows * config.vocab_size * (4 + 2 * w),
+        "copy that generates": whole, "logits": rows * config.vocab_size * (4 + 2 * w),
         "cache": 2 * L * kv * w * (rows // rows_of_prompt * P + rows * (N + 64))}
     positions = prompts * P + b * N
     norm = 2 * w if args.device.startswith("cuda") else 16  # its fused kernel keeps less
     layer = (positions * (w * (2 * D + 3 * heads + 2 * kv + 4 * I) + norm * D)
              + b * (P + N) * w * (2 * kv + N * heads // kv))  # keys, values and mask of whole rows
+    chunk = WeightedLogProb.CHUNK * config.vocab_size
     scoring = {
-        "weights": whole if ranks == 1 else min(whole, (n - L * block + 2 * block) * w),
+        "copy that scores": whole if ranks == 1 else min(whole, (n - L * block + 2 * block) * w),
         "activations": L * layer,
-        "fused path": WeightedLogProb.CHUNK * config.vocab_size * (8 + 5 * w) + table * (4 + 2 * w)}
-    phase = max(generation, scoring, key=lambda part: sum(part.values()))
-    names = dict.fromkeys((*fixed, *generation, *scoring))
-    return {name: fixed.get(name, 0) + phase.get(name, 0) for name in names}
+        "fused path": chunk * (8 + 5 * w) + tables * (4 + 2 * w)}
+    peak = sum(fixed.values()) + max(sum(generation.values()), sum(scoring.values()))
+    return fixed | generation | scoring | {"peak": peak}
 
 
 def plan(args):
     """Print memory() for several numbers of ranks, and the largest micro-batch in --plan GB."""
-    config = Config.from_json(Path(args.model) / "config.json")
-    used = {ranks: memory(args, config, ranks, args.micro_batch) for ranks in (1, 2, 4, 8)}
+    with torch.device("meta"):  # shapes without numbers
+        model = Transformer(Config.from_json(Path(args.model) / "config.json"))
+    used = {ranks: memory(args, model, ranks, args.micro_batch) for ranks in (1, 2, 4, 8)}
     lines = {"GB per rank, ranks:": used.keys()}
     lines |= {name: [f"{u[name] / 1e9:.2f}" for u in used.values()] for name in used[1]}
-    lines["total"] = [f"{sum(u.values()) / 1e9:.2f}" for u in used.values()]
     lines[f"micro_batch in {args.plan:g} GB"] = [
         max((b for b in range(1, args.prompts * args.samples // ranks + 1)
-             if sum(memory(args, config, ranks, b).values()) <= 1e9 * args.plan), default="none")
+             if memory(args, model, ranks, b)["peak"] <= 1e9 * args.plan), default="none")
         for ranks in used]
     for name, cells in lines.items():
-        print(f"{name:24}" + "".join(f"{cell:>10}" for cell in cells))
+        print(f"{name:22}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def main(args):
     if args.plan:
         if args.model is None:
             raise InputError("--plan: of which model? Add --model with a directory of config.json")
-        return plan(args)
+        return plan(args) if rank == 0 else None
     if args.model is None and not sft:
         args.model = str(tiny_base(args))
     elif args.model is None:

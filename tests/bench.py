@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import evaluate, load_problems  # noqa: E402
-from model import Config, WeightedLogProb  # noqa: E402
+from model import Transformer, WeightedLogProb  # noqa: E402
 from sample import MODES, Watch, generate, load  # noqa: E402
 
 COT_LEN, ANSWER_LEN = 112, 8  # with the forced words about 128 tokens a sample
@@ -199,7 +199,7 @@ def our_step(args, mode, n_prompts, runs):
         unset = ("lr", "warmup", "input_noise", "prompt_file", "temperature", "noise_scale", "plan")
         train.main(run := Namespace(**given, **dict.fromkeys(unset)))
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    foretold = sum(train.memory(run, Config.from_json(Path(args.model) / "config.json"), 1, 16).values()) / 1e9
+    foretold = train.memory(run, Transformer.from_pretrained(args.model), 1, 16)["peak"] / 1e9
     return (statistics.median(x["generate_s"] + x["train_s"] for x in lines[1:]), lines[-1]["peak_gb"],
             before + foretold)
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import random_config, random_model
 from safetensors.torch import load_file, save_file
 

@@ -90,6 +90,20 @@ def test_size_of_the_micro_batch_makes_no_difference(base, tmp_path):
     assert_same_weights(tmp_path / "1", tmp_path / "8")
 
 
+def test_plan_needs_only_the_configuration_and_writes_nothing(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text((base / "config.json").read_text())
+    micro = []
+    for gigabytes in ("0.2", "80"):
+        done = script_inside("train.py", "--plan", gigabytes, "--model", ".", *toy(samples=300))
+        assert done.returncode == 0, done.stderr
+        header, *lines = done.stdout.splitlines()
+        assert header.split()[-4:] == ["1", "2", "4", "8"] and lines[-1].startswith(f"micro_batch in {gigabytes} GB")
+        micro.append(int(lines[-1].split()[-4]))
+    assert micro[0] < micro[1] == 600
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize("mode", ["soft", "hard"])
 def test_two_ranks_equal_one_rank(mode, base, tmp_path):
     """Three groups of three on two ranks: the middle group is split between them."""
