@@ -105,6 +105,17 @@ def parse_row(line, where):
     return row
 
 
+def read_lines(path):
+    """The lines of a file of JSON lines, or of a .json file that holds one list."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return [json.dumps(row) for row in json.loads(text)]
+        return text.split("\n")
+    except (OSError, ValueError) as e:
+        raise InputError(f"--data {path}: not readable ({e}); give a file of JSON lines") from None
+
+
 def load_problems(data, split, n_arithmetic=512):
     """The problems of a task, or of a PATH.jsonl of {question|problem|input, answer|target}.
 
@@ -130,13 +141,7 @@ def load_problems(data, split, n_arithmetic=512):
         if path.suffix != ".jsonl":
             raise InputError(f"--data {data}: neither a task ({', '.join(TASKS)}) nor a file that "
                              "ends in .jsonl; give one of these")
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = text.split("\n")
-        if path.suffix == ".json":  # one list instead of lines
-            lines = [json.dumps(row) for row in json.loads(text)]
-    except (OSError, ValueError) as e:
-        raise InputError(f"--data {path}: not readable ({e}); give a file of JSON lines") from None
+    lines = read_lines(path)
     problems = [read_problem(line, f"{path}:{i}")
                 for i, line in enumerate(lines, 1) if line.strip()]
     empty = sum(not p["answer"] for p in problems)
@@ -677,8 +682,8 @@ def load_choices(data):
                 for _, r in rows]
     if not path.exists() or path.suffix != ".jsonl":
         return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [parse_row(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    rows = [parse_row(line, f"{path}:{i}")
+            for i, line in enumerate(read_lines(path), 1) if line.strip()]
     if not rows or not {"endings", "answerKey", "choices"} & rows[0].keys():
         return None
     return [read_choices(row, f"{path}:{i}") for i, row in enumerate(rows, 1)]
@@ -693,7 +698,7 @@ def token_log_probs(model, prompts, tails, device):
     """
     hidden, cache = model.read(prompts)
     of_prompt = torch.tensor([i for i, group in enumerate(tails) for _ in group], device=device)
-    cache.branch(of_prompt)
+    cache = cache.branch(of_prompt)
     flat = [torch.tensor(t, device=device) for group in tails for t in group]
     ids = pad_sequence(flat, batch_first=True)  # (M, T)
     used = torch.arange(ids.shape[1], device=device) < torch.tensor(

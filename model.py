@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(Exception):
@@ -30,6 +31,16 @@ class InputError(Exception):
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: what config.json says, in one dialect
+
+LARGEST = {  # more than any model has, less than what would fill a machine before an error
+    "vocab_size": 2 ** 21, "hidden_size": 2 ** 16, "intermediate_size": 2 ** 18,
+    "num_hidden_layers": 2 ** 9, "num_attention_heads": 2 ** 10, "num_key_value_heads": 2 ** 10,
+    "head_dim": 2 ** 10, "max_position_embeddings": 2 ** 25}
+ROPE_TYPES = {  # and what each needs in config.json
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings")}
+
 
 @dataclass
 class Config:
@@ -56,7 +67,8 @@ class Config:
         """Read config.json, with rope_theta and rope_scaling or transformers 5's rope_parameters.
 
         Raises InputError, naming the file, for what this code would get wrong if it went on: other
-        architectures, quantised weights, sliding windows that are switched on, unknown rope types.
+        architectures, quantised weights, sliding windows that are switched on, unknown rope types,
+        sizes that are absurd or do not go together.
         """
         raw = read_json(path)
 
@@ -76,11 +88,21 @@ class Config:
         if windowed or "sliding_attention" in (raw.get("layer_types") or []):
             refuse("use_sliding_window", True, "full attention in every layer")
 
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        for key, largest in LARGEST.items():
+            value = raw.get(key, 1)  # null: a default
+            if value is not None and not (isinstance(value, int) and 1 <= value <= largest):
+                refuse(key, value, f"a whole number from 1 to {largest}")
+
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            refuse("rope_scaling", rope, "an object there")
+        rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | rope
         rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
-        rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-        if rope["rope_type"] not in ("default", "linear", "llama3"):
-            refuse("rope_type", rope["rope_type"], "rope_type default, linear or llama3")
+        if rope["rope_type"] not in ROPE_TYPES:
+            refuse("rope_type", rope["rope_type"], f"rope_type {', '.join(ROPE_TYPES)}")
+        for key in ("rope_theta", *ROPE_TYPES[rope["rope_type"]]):
+            if not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < math.inf:
+                refuse(key, rope.get(key), "a number above 0")
         partial = raw.get("partial_rotary_factor")
         if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1:
             refuse("partial_rotary_factor", partial, "rotary embedding on whole heads")
@@ -91,7 +113,7 @@ class Config:
             required = ("model_type", "vocab_size", "hidden_size", "intermediate_size",
                         "num_hidden_layers", "num_attention_heads")
             optional = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
-            return cls(
+            config = cls(
                 **{key: raw[key] for key in required},
                 **{key: raw[key] for key in optional if key in raw},
                 num_key_value_heads=raw.get("num_key_value_heads") or heads,
@@ -103,6 +125,11 @@ class Config:
         except KeyError as e:
             raise InputError(f"{path}: {e.args[0]} is missing; "
                              f"is this the config.json of a {family} model?") from None
+        if config.head_dim < 2 or config.head_dim % 2:
+            refuse("head_dim", config.head_dim, "an even one: rotary embedding turns pairs")
+        if heads % config.num_key_value_heads:
+            refuse("num_key_value_heads", config.num_key_value_heads, f"a divisor of {heads} there")
+        return config
 
     def to_json(self):
         """The dict that from_json and transformers 4 and 5 read back."""
@@ -121,13 +148,16 @@ class Config:
 
 
 def read_json(path):
-    """Parse a JSON file; a missing or broken one is an InputError that names it."""
+    """The object in a JSON file; a missing or broken one is an InputError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; "
                          "give the directory of a Hugging Face checkpoint") from None
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); download the file again") from None
 
 
@@ -172,7 +202,7 @@ class WeightedLogProb(torch.autograd.Function):
         or (N, D) thoughts; weight (N,); temperature float or (N,); noise_std float.
         Returns the weighted sum and logp (N,), in float32."""
         wide, narrow = torch.promote_types(hidden.dtype, torch.float32), hidden.dtype
-        is_thought, tied = action.dim() == 2, lm_head.data_ptr() == embed.data_ptr()
+        is_thought, tied = action.dim() == 2, lm_head is embed
         logp = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         if with_grad:
             grad_hidden = torch.empty_like(hidden)
@@ -282,28 +312,32 @@ def attend(q, k, v, bias, fused=True):
 class KVCache:
     """Keys and values of Q prompts, each once for all the rows that continue it, and of B rows.
 
-        cache = KVCache(prompt_len)  # (Q,) int64
-        model(ids, cache)            # the prompts (Q, P), aligned at the right
-        cache.branch(of_row)         # (B,) int64: rows begin, each behind a prompt
-        model(x, cache)              # what the rows add, T positions at a time
+        cache = KVCache(prompt_len)   # (Q,) int64
+        model(ids, cache)             # the prompts (Q, P), aligned at the right
+        cache = cache.branch(of_row)  # (B,) int64: rows begin, each behind a prompt
+        model(x, cache)               # what the rows add, T positions at a time
 
-    prompts  per layer a pair (Q, H_kv, P, head_dim)
-    own      per layer a pair (B, H_kv, S, head_dim) in buffers that grow by blocks; all rows end at
+    prompts  by layer a pair (Q, H_kv, P, head_dim)
+    own      by layer a pair (B, H_kv, S, head_dim) in buffers that grow by blocks; all rows end at
              column `length`, and the younger ones have unused columns on their left
     age      (B,) int64: how many columns a row uses
+    start    column of the first position of the pass under way; a layer may be run again
+             (activation checkpointing) as long as no other pass has begun
     """
 
     def __init__(self, prompt_len, block=64):
         self.prompt_len, self.block = prompt_len, block
-        self.prompts, self.own, self.length = [], [], 0
+        self.prompts, self.own, self.length = {}, {}, 0
         self.of_row = None
 
     def branch(self, of_row):
-        """Begin B rows; row b continues the prompt of_row[b]."""
-        self.age = torch.zeros_like(of_row)
-        self.own = [tuple(x.new_empty(len(of_row), x.shape[1], 0, x.shape[3]) for x in pair)
-                    for pair in self.prompts]
-        self.group(of_row)
+        """A cache of B rows, which read the prompts here: row b continues the prompt of_row[b]."""
+        rows = KVCache(self.prompt_len, self.block)
+        rows.prompts, rows.age = dict(self.prompts), torch.zeros_like(of_row)
+        rows.own = {layer: tuple(x.new_empty(len(of_row), x.shape[1], 0, x.shape[3]) for x in pair)
+                    for layer, pair in self.prompts.items()}
+        rows.group(of_row)
+        return rows
 
     def group(self, of_row):
         """List the rows of each prompt: slots (Q, M), where M is the most rows that a prompt has,
@@ -316,7 +350,7 @@ class KVCache:
         self.slots = self.slots.index_copy(0, self.at, rows).view(-1, M)
 
     def prepare(self, T):
-        """Set the masks for T new positions. Returns these positions, (Q or B, T)."""
+        """Make room for T new positions, and their masks. Returns these positions, (Q or B, T)."""
         device = self.prompt_len.device
         column = torch.arange(T, device=device)
         if self.of_row is None:  # the prompts; padding sees itself, as an empty softmax is NaN
@@ -336,31 +370,26 @@ class KVCache:
         else:
             self.biases = [torch.zeros(used.shape, device=device).masked_fill(~used, -math.inf)
                            [:, None, None] for used in (in_prompt, own)]
-        return (self.prompt_len[self.of_row] + self.age)[:, None] + column
-
-    def advance(self, T):
-        """Count the T positions that every layer has now appended."""
-        if self.of_row is not None:
-            self.length += T
-            self.age = self.age + T
+        position = (self.prompt_len[self.of_row] + self.age)[:, None] + column
+        self.start, self.length, self.age = S, S + T, self.age + T
+        return position
 
     def append(self, layer, k, v):
         """Add new k, v (B, H_kv, T, head_dim) of the rows; return views of all their own so far."""
-        if self.length == 0:  # not copied, so that gradients flow
+        if self.start == 0:  # not copied, so that gradients flow
             self.own[layer] = k, v
             return k, v
-        end = self.length + k.shape[2]
-        if end > self.own[layer][0].shape[2]:
-            grow = (0, 0, 0, end - self.own[layer][0].shape[2] + self.block)
+        if self.length > self.own[layer][0].shape[2]:
+            grow = (0, 0, 0, self.length - self.own[layer][0].shape[2] + self.block)
             self.own[layer] = tuple(F.pad(x, grow) for x in self.own[layer])
         for buffer, new in zip(self.own[layer], (k, v)):
-            buffer[:, :, self.length:end] = new
-        return tuple(x[:, :, :end] for x in self.own[layer])
+            buffer[:, :, self.start:self.length] = new
+        return tuple(x[:, :, :self.length] for x in self.own[layer])
 
     def attend(self, layer, q, k, v):
         """Attention of new positions, q (Q or B, H, T, head_dim), to all that they may see."""
         if self.of_row is None:
-            self.prompts.append((k.contiguous(), v.contiguous()))
+            self.prompts[layer] = k.contiguous(), v.contiguous()
             return masked_attention(q, k, v, self.mask)
         prompt_k, prompt_v = self.prompts[layer]
         k, v = self.append(layer, k, v)
@@ -383,23 +412,26 @@ class KVCache:
         """Keep only the given rows (1-D index), the columns that they use, and their prompts."""
         self.age = self.age[rows]
         first = self.length - int(self.age.max())
-        self.own = [tuple(x[rows, :, first:self.length] for x in pair) for pair in self.own]
+        self.own = {layer: tuple(x[rows, :, first:self.length] for x in pair)
+                    for layer, pair in self.own.items()}
         self.length -= first
         asked, of_row = self.of_row[rows].unique(return_inverse=True)
         self.prompt_len = self.prompt_len[asked]
         longest = int(self.prompt_len.max())
-        self.prompts = [tuple(x[asked, :, -longest:] for x in pair) for pair in self.prompts]
+        self.prompts = {layer: tuple(x[asked, :, -longest:] for x in pair)
+                        for layer, pair in self.prompts.items()}
         self.group(of_row)
 
     def join(self, other):
         """Add another cache's prompts and rows behind these."""
-        def below(mine, theirs):  # the narrower ones get unused columns on their left
-            width = max(mine[0][0].shape[2], theirs[0][0].shape[2])
-            return [tuple(torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in both])
-                          for both in zip(*pairs)) for pairs in zip(mine, theirs)]
-        self.prompts = below(self.prompts, other.prompts)
-        self.own = below(*([tuple(x[:, :, :c.length] for x in pair) for pair in c.own]
-                           for c in (self, other)))
+        def below(a, b):  # the narrower one gets unused columns on its left
+            width = max(a.shape[2], b.shape[2])
+            return torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in (a, b)])
+        for layer, pair in other.prompts.items():
+            self.prompts[layer] = tuple(map(below, self.prompts[layer], pair))
+            self.own[layer] = tuple(
+                below(a[:, :, :self.length], b[:, :, :other.length])
+                for a, b in zip(self.own[layer], other.own[layer]))
         self.length = max(self.length, other.length)
         self.age = torch.cat((self.age, other.age))
         of_row = torch.cat((self.of_row, other.of_row + len(self.prompt_len)))
@@ -473,6 +505,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         with torch.device("cpu"):  # not a buffer: .to(bfloat16) must not round the angles
             self.frequencies = rope_frequencies(config)
+        self.activation_checkpointing = False  # compute each layer twice, to keep less of it
 
     def init_weights(self, generator=None, std=0.02):
         """Random initialisation: normal matrices, smaller where they end a residual branch."""
@@ -502,10 +535,10 @@ class Transformer(nn.Module):
         angles = positions[..., None, None] * self.frequencies  # (B, T, 1, hd / 2), float32
         cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.layers):
-            h = block(h, rope, cache, i)
-        if cache is not None:
-            cache.advance(T)
+            h = (checkpoint(block, h, rope, cache, i, use_reentrant=False) if again
+                 else block(h, rope, cache, i))
         return self.norm(h)
 
     def read(self, prompts):
@@ -528,7 +561,7 @@ class Transformer(nn.Module):
         return (probs.to(embed.dtype) @ embed).float()
 
     def log_prob(self, prompts, of_row, tokens, thoughts, is_thought, weight, temperature,
-                 noise_std, input_noise=None):
+                 noise_std, input_noise=None, through=None):
         """Log-probs of recorded actions, and the weighted sum that policy gradient differentiates.
 
         prompts     Q lists of ids; each is run once for all the rows that continue it
@@ -540,11 +573,13 @@ class Transformer(nn.Module):
         temperature of the thoughts or, in hard mode, of the CoT tokens: float, or (B, N) float32
         noise_std   standard deviation of the thoughts' noise per coordinate, > 0
         input_noise (B, N, D) added to the embeddings fed (noisy supervised training), or None
+        through     "logits" or "embedding": of each thought's gradient only the part that comes
+                    through p, or the part that comes from E in p E; None: their sum
         returns     loss = sum(weight * logp), a scalar with gradients; and logp (B, N) float32
                     without them, 0 where weight is 0
         """
         last, cache = Transformer.read(self, prompts)  # FSDP wraps methods called from outside
-        cache.branch(of_row)
+        cache = cache.branch(of_row)
         x = self.embed_tokens(tokens)
         if thoughts is not None:  # stored inputs are constants: no backprop through time (eq. 10)
             x = torch.where(is_thought[..., None], thoughts.detach(), x)
@@ -560,9 +595,14 @@ class Transformer(nn.Module):
                 continue
             action = thoughts[chosen] if thought else tokens[chosen]
             tau = temperature[chosen] if torch.is_tensor(temperature) else temperature
+            h, lm_head, embed = hidden[chosen], self.lm_head.weight, self.embed_tokens.weight
+            if through == "logits":
+                embed = embed.detach()
+            elif through == "embedding":
+                h, lm_head = h.detach(), lm_head.detach()
             part, logp[chosen] = WeightedLogProb.apply(
-                hidden[chosen], self.lm_head.weight, self.embed_tokens.weight, action,
-                weight[chosen], tau, noise_std, torch.is_grad_enabled())
+                h, lm_head, embed, action, weight[chosen], tau, noise_std,
+                torch.is_grad_enabled())
             loss = loss + part
         return loss, logp
 
@@ -611,7 +651,10 @@ def eos_token_ids(path):
         if (Path(path) / name).exists():
             eos = read_json(Path(path) / name).get("eos_token_id")
             if eos is not None:
-                return eos if isinstance(eos, list) else [eos]
+                eos = eos if isinstance(eos, list) else [eos]
+                if not all(isinstance(token, int) for token in eos):
+                    raise InputError(f"{Path(path) / name}: eos_token_id {eos} must be numbers")
+                return eos
     return []
 
 
@@ -619,7 +662,11 @@ def read_weights(path, expected, tied, dtype, device):
     """Read a checkpoint directory's tensors for the state dict `expected` (on meta), strictly."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+        if not files or any(Path(file).name != file for file in files):
+            raise InputError(f"{index}: its weight_map names no files of this directory; "
+                             "download the file again")
     elif (path / "model.safetensors").exists():
         files = ["model.safetensors"]
     else:
@@ -643,6 +690,9 @@ def read_weights(path, expected, tied, dtype, device):
                                          f"says {shape}; use the one that belongs to these weights")
                     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
                         raise InputError(f"{what} is {tensor.dtype}; use unquantised weights")
+                    if not tensor.isfinite().all():
+                        raise InputError(f"{what} holds NaN or infinite weights; "
+                                         "download the file again, or use an earlier checkpoint")
                     state[name] = tensor.to(dtype)
         except (SafetensorError, OSError) as e:
             raise InputError(f"{path / file}: not readable as safetensors ({e}); "

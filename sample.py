@@ -109,6 +109,24 @@ def read_box(text):
     return None
 
 
+def forced_tokens(tokenizer):
+    """The ids of the two FORCED_TEXTS."""
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in FORCED_TEXTS]
+
+
+def encode(tokenizer, prompts, n_new, config):
+    """The ids of prompts, which n_new more will follow; InputError if that exceeds the context."""
+    prompt_ids = [e.ids for e in tokenizer.encode_batch(list(prompts))]
+    context = config.max_position_embeddings
+    for text, ids in zip(prompts, prompt_ids):
+        if len(ids) + n_new > context:
+            raise InputError(
+                f"a prompt of {len(ids)} tokens, with {n_new} to follow (--cot_len, --answer_len), "
+                f"exceeds the model's context of {context} tokens; shorten them or leave the "
+                f"question out: {text[-60:]!r}")
+    return prompt_ids
+
+
 # --------------------------------------------------------------------------------------------------
 # Generation
 
@@ -156,10 +174,11 @@ def sample_tokens(probs, uniform):
     ends = blocks.sum(-1).cumsum(-1)  # (B, n)
     target = (1 - uniform)[:, None] * ends[:, -1:]  # in (0, total]
     block = torch.searchsorted(ends, target)  # (B, 1): the first to reach the target
+    block = block.clamp_(max=ends.shape[1] - 1)  # of NaN none is: the loss will be NaN, and skipped
     target = target - F.pad(ends, (1, 0)).gather(-1, block)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[-1]))[:, 0].cumsum(-1)
     place = torch.searchsorted(inside, torch.minimum(target, inside[:, -1:]))  # despite rounding
-    return (block * blocks.shape[-1] + place)[:, 0]
+    return (block * blocks.shape[-1] + place.clamp_(max=inside.shape[1] - 1))[:, 0]
 
 
 def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, tau, noise_std,
@@ -224,7 +243,7 @@ def enter(model, live, cache, prompts, copies, places):
     are samples of prompts[copies]; places: their rows in the output. Returns (live, cache)."""
     hidden, fresh = model.read(prompts)
     copies = torch.tensor(copies, device=hidden.device)
-    fresh.branch(copies)
+    fresh = fresh.branch(copies)
     zero = torch.zeros_like(copies)
     new = {"place": torch.tensor(places, device=hidden.device), "hidden": hidden[copies],
            "matched": zero.to(torch.uint8), "depth": zero + 1,
@@ -268,7 +287,7 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
     watch = watch or Watch.build(tokenizer, model.config.vocab_size, device)
     temperature = temperature or MODES[mode]
     eos = torch.tensor(list(eos), dtype=torch.long, device=device)
-    texts = [tokenizer.encode(text, add_special_tokens=False).ids for text in FORCED_TEXTS]
+    texts = forced_tokens(tokenizer)
     forced_len_host = [len(t) for t in texts]
     forced_len = torch.tensor(forced_len_host, device=device)
     most = max(map(len, texts))
@@ -276,16 +295,9 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
     kind_of_phase = torch.tensor([TOKEN if mode == "hard" else THOUGHT, FORCED, TOKEN, NONE],
                                  dtype=torch.uint8, device=device)
 
-    prompt_ids = [e.ids for e in tokenizer.encode_batch(list(prompts))]
     rows = list(range(len(prompts) * n_samples) if rows is None else rows)
     R, N = len(rows), cot_len + most + answer_len
-    for p in prompt_ids:
-        if len(p) + N > model.config.max_position_embeddings:
-            raise InputError(
-                f"a prompt of {len(p)} tokens with --cot_len {cot_len} and --answer_len "
-                f"{answer_len} exceeds the model's context of "
-                f"{model.config.max_position_embeddings} tokens; "
-                "shorten them or leave the question out")
+    prompt_ids = encode(tokenizer, prompts, N, model.config)
     tokens = torch.zeros(R, N + 1, dtype=torch.long, device=device)  # DONE rows write to column N
     kinds = torch.zeros(R, N + 1, dtype=torch.uint8, device=device)
     logps = torch.zeros(R, N + 1, device=device)
@@ -443,30 +455,44 @@ class Parser(argparse.ArgumentParser):
                           help="of the thought; default by mode")
         self.add_argument("--noise_scale", type=positive(float),
                           help="noise over the RMS of the embeddings")
-        self.add_argument("--seed", type=int, default=0)
+        self.add_argument("--seed", type=positive(int, or_zero=True), default=0)
         self.add_argument("--dtype", choices=["float32", "bfloat16"],
                           help="of weights and activations")
-        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        self.add_argument("--device", type=device,
+                          default="cuda" if torch.cuda.is_available() else "cpu")
 
     def run(self, main):
-        """main(args); a user's mistake ends in one line and exit status 2."""
+        """main(args); a user's mistake or the system's refusal ends in one line and status 2."""
         try:
             return main(self.parse_args())
         except InputError as e:
             self.error(str(e))
+        except OSError as e:
+            self.error(f"{e}; check that path, its permissions and the space left there")
         except KeyboardInterrupt:
             self.exit(130, "interrupted\n")
 
 
-def positive(kind):
-    """An argparse type: a number of that kind above 0."""
+def positive(kind, or_zero=False):
+    """An argparse type: a number of that kind above 0, or 0."""
     def parse(text):
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be above 0")
+        if not (0 < value < math.inf or or_zero and value == 0):
+            raise argparse.ArgumentTypeError(
+                f"{text} must be {'0 or more' if or_zero else 'above 0'}")
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def device(text):
+    """An argparse type: the name of a device that is there."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text}: {reason}; use cpu, or cuda with a GPU") from None
+    return text
 
 
 def main(args):

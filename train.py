@@ -5,6 +5,7 @@ Train a language model to think in soft tokens: RLOO on continuous chains of tho
     python train.py --mode soft --model path/to/Llama-3.2-3B-Instruct --data gsm8k
     torchrun --nproc_per_node 8 train.py --mode soft --model path/to/Llama-3.2-3B-Instruct
     python train.py --mode sft --model path/to/SmolLM2-135M --data gsm8k --lr 1e-5 --steps 500
+    python train.py --mode soft --resume    # after a kill: the same flags, and this one
 
 One step: sample G rows for each of B questions, reward them, subtract the mean of the others, score
 the recorded actions again with gradients, update. Modes hard, soft and fuzzy differ in the action
@@ -14,6 +15,8 @@ Equation numbers are those of "Soft Tokens, Hard Truths" (arXiv 2509.19170). Dim
 (--prompts), G samples of each (--samples), R = B G rows, b rows of a micro-batch, T positions,
 D width.
 """
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -23,6 +26,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -30,10 +34,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -41,7 +48,7 @@ from eval import (TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, evalua
                   load_problems, worked_text)
 from model import Config, InputError, Transformer, WeightedLogProb, read_json
 from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Rollout, Watch,
-                    generate, load, positive)
+                    encode, forced_tokens, generate, load, positive)
 
 # Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
@@ -64,6 +71,11 @@ CARELESS = 0.5  # how often the writers of the tiny base's texts take a sign for
 STATS = ("tokens", "reward", "correct", "unparsed", "truncated", "cot_len", "entropy", "eos")
 PLAN_PROMPT_LEN = 160  # tokens of a prompt that --plan reckons with
 ENTROPY_EVERY = 8  # slots between two measurements of the entropy: it costs a pass over V
+REWARD_SECONDS = 60  # that the reward of one answer may take
+MAX_SKIPPED = 5  # steps in a row whose gradient is not finite
+RESUME_WITH_OTHER = {  # flags that --resume may change: they move the result by rounding only
+    "out", "device", "micro_batch", "shard_size", "activation_checkpointing", "keep", "max_drift",
+    "log_grad_sources", "resume", "plan", "audit"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,6 +86,20 @@ def reward(answer, gold, verifier="own"):
     if answer is None:
         return 0.0
     return 100.0 if judge(answer, gold, verifier) == "correct" else 10.0
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError if the block takes longer (in the main thread, between bytecodes)."""
+    def late(*_):
+        raise TimeoutError(f"not done after {seconds} s")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def rloo(rewards):
@@ -100,9 +126,31 @@ def pack(rollout, rows):
             rollout.logp[rows, :N])
 
 
+def score(model, rollout, rows, weight, temperature, noise_std, input_noise=None, source=None):
+    """The loss of some rows (b,) of a rollout, with gradients, and how far off their log-probs are.
+
+    weight (b,) float32: d loss / d log pi of every action of a row; temperature of the thought.
+    source: "logits" or "embedding" for what comes from the thought that way alone, "answer"; None
+    for all. Returns the scalar loss; the log-probs less those at sampling time (b, N); and where
+    these count, (b, N) bool.
+    """
+    *packed, kind, in_cot, sampled_logp = pack(rollout, rows)
+    chosen = (kind == TOKEN) | (kind == THOUGHT)  # forced tokens have weight 0
+    part = chosen if source is None else chosen & (in_cot ^ (source == "answer"))
+    loss, logp = model.log_prob(
+        *packed, kind == THOUGHT, weight[:, None] * part, torch.where(in_cot, temperature, 1.0),
+        noise_std, input_noise, source if source in ("logits", "embedding") else None)
+    return loss, logp - sampled_logp, part & (weight[:, None] != 0)
+
+
+def ask(notes, problems):
+    """The prompts of problems."""
+    return [notes["prompt"].replace("{question}", p["question"]) for p in problems]
+
+
 def reference_rollout(problems, tokenizer, notes, device):
     """Reference solutions in the form of a rollout whose every token was chosen."""
-    prompts = [notes["prompt"].replace("{question}", p["question"]) for p in problems]
+    prompts = ask(notes, problems)
     tokens = [tokenizer.encode(worked_text(p), add_special_tokens=False).ids for p in problems]
     tokens = [torch.tensor(t + notes["eos"][:1], device=device) for t in tokens]
     padded = pad_sequence(tokens, batch_first=True)  # (R, N)
@@ -116,7 +164,7 @@ def reference_rollout(problems, tokenizer, notes, device):
         cot_len=torch.zeros_like(length), truncated=length < 0, cots=[], answers=[])
 
 
-def input_noise(slots, model, scale, seed):
+def noise_on_inputs(slots, model, scale, seed):
     """Gaussian noise for what is fed in slots (b, N): (b, N, D) float32, of a random scale per row,
     at most `scale` times the root mean square of the embeddings.
 
@@ -125,11 +173,10 @@ def input_noise(slots, model, scale, seed):
     """
     key = np.random.SeedSequence(seed).generate_state(1)[0]
     generator = torch.Generator(slots.device).manual_seed(int(key))
-    table = model.embed_tokens.weight.detach()
-    table = table.full_tensor() if hasattr(table, "full_tensor") else table
-    rms = table.float().square().mean().sqrt()
+    rms = full(model.embed_tokens.weight.detach()).float().square().mean().sqrt()
     scales = scale * torch.rand(len(slots), 1, 1, generator=generator, device=slots.device)
-    noise = torch.randn(*slots.shape, table.shape[1], generator=generator, device=slots.device)
+    noise = torch.randn(*slots.shape, model.config.hidden_size, generator=generator,
+                        device=slots.device)
     return scales * rms * noise
 
 
@@ -193,9 +240,13 @@ def tiny_base(args):
     made = folder / "best" / "args.json"
     # one that was interrupted, or made with other settings, is made anew
     if not (folder / "summary.json").exists() or not TINY_SFT.items() <= read_json(made).items():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         main(Namespace(**{k: None for k in vars(args)} | {
-            "mode": "sft", "out": str(folder), "verifier": "own",
+            "mode": "sft", "out": str(folder), "verifier": "own", "keep": 1,
             **{k: getattr(args, k) for k in ("seed", "device", "clip")}}))
+        if not (folder / "summary.json").exists():
+            sys.exit(0)  # it was interrupted
     return folder / "best"
 
 
@@ -208,21 +259,44 @@ def join_ranks(args):
         return 0, 1
     if not dist.is_initialized():
         if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= here:
+                raise InputError(f"--nproc_per_node: more than the {here} GPUs here; use {here}")
+            args.device = f"cuda:{local}"
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
-def distribute(model, dtype, device):
+def full(tensor):
+    """A tensor whole; if FSDP shards it, it is gathered, and all ranks must call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def over_ranks(values, device, op="SUM"):
+    """The values of all ranks reduced into one: "SUM" or "MAX" of tensors or lists, on the host."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        values = values.to(device)
+        dist.all_reduce(values, getattr(dist.ReduceOp, op))
+    return values.cpu()
+
+
+def distribute(model, dtype, device, shard_size=None):
     """Prepare the float32 model for training in dtype; returns {name: float32 master parameter}.
 
     One process: the model computes in dtype, and each backward pass hands its gradients to float32
     masters (in float32 the parameters themselves), where updates of size 6e-6 do not round away.
-    Several: FSDP2 keeps a shard of the masters on every rank and casts as it gathers.
+    Several: FSDP2 keeps a shard of the masters on every rank and casts as it gathers; with
+    shard_size, a divisor of the number of ranks, every so many ranks hold a whole copy (HSDP).
     """
     if dist.is_initialized():
-        mesh = init_device_mesh(device.split(":")[0], (dist.get_world_size(),))
+        ranks = dist.get_world_size()
+        shard_size = shard_size or ranks
+        shape, names = (ranks // shard_size, shard_size), ("replicate", "shard")
+        if shard_size == ranks:
+            shape, names = shape[1:], names[1:]
+        mesh = init_device_mesh(device.split(":")[0], shape, mesh_dim_names=names)
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.layers:
@@ -264,38 +338,158 @@ class gathered:
             m.reshard()
 
 
-def save_checkpoint(path, model, masters, dtype, source, notes, args, rank):
-    """Write a Hugging Face directory that transformers and vLLM load; complete, or not at all.
-
-    source: the directory that the tokenizer and generation files are copied from.
-    """
-    state = {name: m.full_tensor() if hasattr(m, "full_tensor") else m
-             for name, m in masters.items()}
-    if rank:
-        return
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    for file in Path(source).iterdir():
-        if file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(".index.json"):
-            shutil.copy(file, new)
-    model.save_pretrained(new, {name: tensor.detach().to(dtype) for name, tensor in state.items()})
-    saved = {k: v for k, v in notes.items() if k != "eos"}
-    (new / "soft_tokens.json").write_text(json.dumps(saved, indent=2) + "\n")
-    (new / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def peak_memory_gb(device):
     """Peak memory of this process in GB: of the GPU if there is one, else resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1e9 if sys.platform == "darwin" else 1e6  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: OUT/step-N is a Hugging Face directory, and holds in training/ what --resume needs
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def checksum(path):
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def on_disk(path):
+    """Wait until a file or folder has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def checkpoints(out):
+    """The complete checkpoints in OUT, oldest first."""
+    return [path for path in sorted(out.glob("step-*")) if not path.suffix]
+
+
+def save_checkpoint(path, model, masters, optimizer, state, source, notes, args, rank=0):
+    """Write OUT/step-N as transformers and vLLM load it, with training/: complete, or not at all.
+
+    state: plain values, with "step". source: where the tokenizer and generation files are copied
+    from. All ranks call this together, and the first one writes.
+    """
+    def whole(tensors, dtype=torch.float32):  # on the first rank's host, gathered one by one
+        tensors = ((name, full(tensor)) for name, tensor in tensors.items())
+        return {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors if rank == 0}
+
+    new, old = path.with_suffix(".new"), path.with_suffix(".old")
+    training = new / "training"
+    if rank == 0:
+        for leftover in path.parent.glob("step-*.*"):  # of a run that was killed
+            shutil.rmtree(leftover)
+        training.mkdir(parents=True)
+    try:
+        tensors = whole(masters, getattr(torch, args.dtype))
+        if rank == 0:
+            for file in Path(source).iterdir():
+                if file.suffix in (".json", ".jinja", ".txt") and ".index." not in file.name:
+                    shutil.copy(file, new)
+            model.save_pretrained(new, tensors)
+        moments = {moment: {name: optimizer.state[m][moment] for name, m in masters.items()
+                            if m in optimizer.state} for moment in MOMENTS}
+        for part, tensors in {"masters": masters, **moments}.items():
+            tensors = whole(tensors)
+            if rank == 0:
+                save_file(tensors, training / f"{part}.safetensors")
+        if rank:
+            return
+        write_json(new / "soft_tokens.json", {k: v for k, v in notes.items() if k != "eos"})
+        write_json(new / "args.json", vars(args))
+        updates = next((int(s["step"]) for s in optimizer.state.values()), 0)
+        write_json(training / "state.json", state | {"updates": updates})
+        files = [file for file in sorted(new.rglob("*")) if file.is_file()]
+        write_json(training / "manifest.json", {
+            str(file.relative_to(new)): [file.stat().st_size, checksum(file)] for file in files})
+        for file in (*files, training / "manifest.json", training, new):
+            on_disk(file)
+    except BaseException:  # a full disk, say: give back what was taken
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if path.exists():  # damaged, and gone around
+        path.rename(old)
+    new.rename(path)
+    on_disk(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def point(link, path):
+    """Make a symbolic link lead to its neighbour `path`, at no moment to nowhere."""
+    new = link.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(path.name)
+    new.replace(link)
+
+
+def damaged_file(path):
+    """The first file of a checkpoint that is not as its manifest says, in size or checksum; None if
+    all are."""
+    file = path / "training" / "manifest.json"
+    try:
+        for name, (size, sha256) in read_json(file).items():
+            file = path / name
+            if file.stat().st_size != size or checksum(file) != sha256:
+                return file
+    except (InputError, OSError, TypeError, ValueError):  # what can be wrong with the manifest
+        return file
+
+
+def newest_checkpoint(out):
+    """The newest checkpoint of OUT that is as it was written, or None where there is none.
+
+    Names on stderr those that it goes around; raises InputError if that is all of them.
+    """
+    for path in reversed(checkpoints(out)):
+        damaged = damaged_file(path)
+        if not damaged:
+            return path
+        print(f"{damaged}: damaged or missing; going back to the checkpoint before it",
+              file=sys.stderr)
+    if checkpoints(out):
+        raise InputError(f"--resume: every checkpoint in {out} is damaged; begin another --out")
+
+
+@torch.no_grad()
+def restore(path, masters, optimizer):
+    """Load weights and optimizer from OUT/step-N, bit for bit; returns the state saved there."""
+    training = path / "training"
+    state = read_json(training / "state.json")
+    for part in ("masters", *MOMENTS):
+        with safe_open(training / f"{part}.safetensors", framework="pt") as f:
+            for name in f.keys():
+                master, tensor = masters[name], f.get_tensor(name)
+                tensor = tensor.to(master.device)
+                if isinstance(master, DTensor):
+                    tensor = distribute_tensor(tensor, master.device_mesh, master.placements)
+                if part == "masters":
+                    master.copy_(tensor)
+                else:
+                    updates = torch.tensor(float(state["updates"]), device=master.device)
+                    optimizer.state[master] |= {part: tensor, "step": updates}
+    return state
+
+
+def open_log(path, step):
+    """OUT/log.jsonl, cut behind its first `step` lines, and open for the next."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    new = path.with_suffix(".new")
+    new.write_text("".join(lines[:step]))
+    new.replace(path)
+    return open(path, "a")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -331,10 +525,11 @@ def memory(args, model, ranks, micro_batch):
     norm = 2 * w if args.device.startswith("cuda") else 16  # its fused kernel keeps less
     layer = (positions * (w * (2 * D + 3 * heads + 2 * kv + 4 * I) + norm * D)
              + b * (P + N) * w * (2 * kv + N * heads // kv))  # keys, values and mask of whole rows
+    kept = positions * w * (D + 2 * kv) if args.activation_checkpointing else layer
     chunk = WeightedLogProb.CHUNK * config.vocab_size
     scoring = {
         "copy that scores": whole if ranks == 1 else min(whole, (n - L * block + 2 * block) * w),
-        "activations": L * layer,
+        "activations": (L - 1) * kept + layer,
         "fused path": chunk * (8 + 5 * w) + tables * (4 + 2 * w)}
     peak = sum(fixed.values()) + max(sum(generation.values()), sum(scoring.values()))
     return fixed | generation | scoring | {"peak": peak}
@@ -358,6 +553,46 @@ def plan(args):
 # --------------------------------------------------------------------------------------------------
 # Training
 
+def sample_rows(args, model, tokenizer, notes, problems, watch, seed, mode, rows=None):
+    """A rollout of --samples rows for each problem, or of the given ones among these."""
+    return generate(
+        model, tokenizer, ask(notes, problems), args.samples, mode, answer_greedy=False,
+        temperature=notes["temperature"][mode],
+        noise_std=args.noise_scale * notes["embedding_rms"], cot_len=args.cot_len,
+        answer_len=args.answer_len, eos=notes["eos"], seed=seed, rows=rows, watch=watch,
+        store_thoughts=True, entropy_every=ENTROPY_EVERY)
+
+
+def audit(args, model, tokenizer, notes, problems, watch):
+    """Sample the problems in every mode, and print by how much the log-probs that training computes
+    differ from those at sampling time, in nats, at micro-batch 1 and at --micro_batch."""
+    report = []
+    names = ("mean", "median", "max")
+    print(f"{'|delta log pi|':16}{'dtype':>10}{'micro_batch':>13}"
+          + "".join(f"{name:>11}" for name in names))
+    for mode, temperature in notes["temperature"].items():
+        rollout = sample_rows(
+            args, model, tokenizer, notes, problems, watch, (args.seed, 0), mode)
+        R, N = rollout.tokens.shape
+        for size in (1, args.micro_batch):
+            delta = torch.full((R, N), math.nan, device=args.device)
+            for rows in torch.arange(R, device=args.device).split(size):
+                one = torch.ones(len(rows), device=args.device)
+                _, off, used = score(model, rollout, rows, one, temperature,
+                                     args.noise_scale * notes["embedding_rms"])
+                delta[rows, :off.shape[1]] = off.abs().masked_fill(~used, math.nan)
+            known = delta[~delta.isnan()]
+            figures = {name: getattr(known, name)().item() for name in names}
+            print(f"{mode:16}{args.dtype:>10}{size:13}"
+                  + "".join(f"{value:11.2g}" for value in figures.values()))
+            report.append({"mode": mode, "dtype": args.dtype, "micro_batch": size} | figures | {
+                "mean_by_position": delta.nanmean(0).tolist(),
+                "max_by_position": delta.nan_to_num(0).amax(0).tolist()})
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(args.out) / "audit.json", report)
+    print(f"by position: {Path(args.out) / 'audit.json'}")
+
+
 def main(args):
     # Configuration
     rank, world = join_ranks(args)
@@ -376,10 +611,21 @@ def main(args):
     elif args.samples < 2:
         raise InputError(
             f"--samples {args.samples}: RLOO compares the samples of a question; use 2 or more")
+    if min(args.prompts * args.samples, args.val_size) < world:
+        raise InputError(f"--prompts {args.prompts} --samples {args.samples} --val_size "
+                         f"{args.val_size}: fewer than the {world} ranks; use more, or fewer ranks")
+    if world % (args.shard_size or world):
+        raise InputError(f"--shard_size {args.shard_size}: no divisor of the {world} ranks")
     if args.plan:
         if args.model is None:
             raise InputError("--plan: of which model? Add --model with a directory of config.json")
         return plan(args) if rank == 0 else None
+    if args.audit and world > 1:
+        raise InputError("--audit runs in one process; leave torchrun away")
+    if rank == 0 and not (args.resume or args.audit) and checkpoints(out) and not (
+            out / "summary.json").exists():
+        raise InputError(f"--out {out}: holds an unfinished run; add --resume to go on with it, "
+                         "give another --out, or delete it")
     if args.model is None and not sft:
         args.model = str(tiny_base(args))
     elif args.model is None:
@@ -388,13 +634,27 @@ def main(args):
             write_tiny_model(Path(args.model), args.seed)
         if world > 1:
             dist.barrier()
-    say(" ".join(f"--{k} {v}" for k, v in vars(args).items() if v is not None))
+    say(" ".join(f"--{k} {v}" for k, v in vars(args).items() if v not in (None, False)))
+
+    # Where to begin: at the model, or at the newest checkpoint
+    source = newest = newest_checkpoint(out) if rank == 0 and args.resume else None
+    first = over_ranks(int(newest.name[5:]) if newest else -1, args.device, "MAX").item()
+    if first >= 0:
+        source = out / f"step-{int(first):06d}"
+        for flag, value in read_json(source / "args.json").items():
+            if flag not in RESUME_WITH_OTHER and getattr(args, flag, None) != value:
+                raise InputError(f"--{flag} {getattr(args, flag, None)}: the run in {out} has "
+                                 f"{value}; resume it with that, or give another --out")
+    elif args.resume:
+        say(f"{out} holds nothing to resume: beginning")
 
     # Model and data
     dtype = getattr(torch, args.dtype)
-    model, tokenizer, notes = load(args.model, torch.float32, args.device, args.prompt_file)
+    source = source or args.model
+    model, tokenizer, notes = load(source, torch.float32, args.device, args.prompt_file)
+    model.activation_checkpointing = args.activation_checkpointing
     watch = Watch.build(tokenizer, model.config.vocab_size, args.device)
-    masters = distribute(model, dtype, args.device)
+    masters = distribute(model, dtype, args.device, args.shard_size)
     noise_std = args.noise_scale * notes["embedding_rms"]
     notes |= {k: getattr(args, k) for k in ("noise_scale", "cot_len", "answer_len")}
     notes["temperature"] = notes["temperature"] | ({} if sft else {args.mode: args.temperature})
@@ -415,43 +675,115 @@ def main(args):
         if sft and not all(p["solution"] for p in problems):
             raise InputError(f"--data {args.data}: problems without solutions cannot be imitated; "
                              "give a file with solutions, or use another --mode")
+    n_new = args.cot_len + max(map(len, forced_tokens(tokenizer))) + args.answer_len
+    encode(tokenizer, ask(notes, problems + val), n_new, model.config)  # do all of them fit?
+    if sft:
+        worked = [q + worked_text(p) for q, p in zip(ask(notes, problems), problems)]
+        encode(tokenizer, worked, len(notes["eos"][:1]), model.config)
+    if args.audit:
+        return audit(args, model, tokenizer, notes, problems[:args.audit], watch)
+    same = zlib.crc32(json.dumps([problems, val, notes], sort_keys=True).encode())
+    if -over_ranks(-same, args.device, "MAX") != over_ranks(same, args.device, "MAX"):
+        raise InputError(f"--data {args.data}: not the same on all ranks; copy it to every node")
 
     optimizer = torch.optim.AdamW(
         masters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     own = "hard_greedy" if sft else f"{args.mode}_greedy"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").unlink(missing_ok=True)  # it says that a run is complete
-    log = open(out / "log.jsonl", "w") if rank == 0 else None
-    interrupts = []
-    handler = signal.signal(
-        signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(1))
+    state = {"step": 0, "data": same}  # what a checkpoint holds beside tensors
+    if first >= 0:
+        state = restore(source, masters, optimizer)
+        if state["data"] != same:
+            raise InputError(f"--data {args.data}: not the data of the run in {out}; "
+                             "resume with that, or give another --out")
+        if not (out / state["best_step"]).exists():  # it gave way to one that is now damaged
+            state["best_step"] = source.name
+    elif rank == 0:
+        for old in checkpoints(out):  # of a run that was complete
+            shutil.rmtree(old)
+    if rank == 0:
+        (out / "summary.json").unlink(missing_ok=True)  # it says that a run is complete
+        log = open_log(out / "log.jsonl", state["step"])
+    asked = []  # when Ctrl-C or SIGTERM came: save at the next opportunity, and end
 
-    def validate(step):
+    def ask_to_stop(number, _):  # torchrun passes a first Ctrl-C on a second time
+        if number == signal.SIGINT and asked and time.monotonic() - asked[0] > 1:
+            sys.exit(130)
+        asked.append(time.monotonic())
+    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop():
+        """Whether a rank was asked to stop: all of them know at the same point."""
+        return over_ranks(len(asked), args.device).item() > 0
+
+    def validate():
         """Accuracy on the validation problems by {setting}, own greedy and hard greedy."""
-        accuracy = {}
+        accuracy, part = {}, val[rank::world]
         with gathered(model):
             for setting in dict.fromkeys((own, "hard_greedy")):
-                result, samples = evaluate(
-                    model, tokenizer, notes, val, setting, cot_len=args.cot_len,
+                _, samples = evaluate(
+                    model, tokenizer, notes, part, setting, cot_len=args.cot_len,
                     answer_len=args.answer_len, batch=max(64, args.micro_batch), watch=watch,
                     temperature=notes["temperature"][setting.split("_")[0]], verifier=args.verifier)
-                accuracy[setting] = result["pass@1"]
+                correct = sum(s["verdict"] == "correct" for s in samples)
+                accuracy[setting] = over_ranks(correct, args.device).item() / len(val)
                 for s in samples[:2] if setting == own else ():
                     say(f"  | {s['question']} ->{s['thought']} [{s['answer']}] {s['verdict']}")
-        say(f"step {step}: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in accuracy.items()))
+        say(f"step {state['step']}: "
+            + ", ".join(f"{k} {100 * v:.1f} %" for k, v in accuracy.items()))
         return accuracy
 
-    def save(name):
-        save_checkpoint(out / name, model, masters, dtype, args.model, notes, args, rank)
+    def save():
+        """Write OUT/step-N, let OUT/best lead to the best one, and delete what need not be kept."""
+        path = out / f"step-{state['step']:06d}"
+        if rank == 0:
+            on_disk(out / "log.jsonl")
+        try:
+            save_checkpoint(path, model, masters, optimizer, state, args.model, notes, args, rank)
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{path}: not written ({e}); make room there, then --resume") from None
+        if rank == 0:
+            point(out / "best", out / state["best_step"])
+            for old in checkpoints(out)[:-args.keep]:
+                if old.name != state["best_step"]:
+                    shutil.rmtree(old.rename(old.with_suffix(".old")))
 
     # The loop
-    base = best = validate(0)
-    save("best")
+    if "best" not in state:
+        state["base"] = state["best"] = validate()
+        state |= {"best_step": "step-000000", "skipped": 0}
+        save()
+    saved = state["step"]
     G, R = args.samples, args.prompts * args.samples
     shares = [range(R * k // world, R * (k + 1) // world) for k in range(world)]
     mine = shares[rank]  # this rank's rows, maybe a part of a group
-    bar = tqdm(total=args.steps, disable=rank > 0, desc=args.mode)
-    for step in range(args.steps):
+    sources = []  # of gradients whose norms are logged
+    if args.log_grad_sources and not sft:
+        sources = ["logits", "answer"] if args.mode == "hard" else ["logits", "embedding", "answer"]
+
+    def backward(rollout, rows, n_micro, step, weight, source=None):
+        """Sum the gradients of rows, by micro-batches; returns the loss and |delta log pi| (n,)."""
+        loss_sum, deltas = 0.0, [torch.zeros(0, device=args.device)]
+        for i in range(n_micro):
+            part = rows[i * args.micro_batch:(i + 1) * args.micro_batch]
+            local = torch.tensor(part or [mine.start], device=args.device) - mine.start
+            w = weight[part or [0]].float().to(args.device) * bool(part)
+            noise = None
+            if args.input_noise:  # it grows in the second half of the steps: facts are learnt first
+                scale = args.input_noise * max(0.0, 2 * step / args.steps - 1)
+                slots = rollout.tokens[local, :int(rollout.length[local].max())]
+                noise = noise_on_inputs(slots, model, scale, (args.seed, step, rank, i)).to(dtype)
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(i == n_micro - 1)
+            loss, delta, used = score(
+                model, rollout, local, w, args.temperature, noise_std, noise, source)
+            (loss * world).backward()  # FSDP takes the mean over ranks
+            loss_sum += loss.item()
+            deltas.append(delta[used].abs())
+        return loss_sum, torch.cat(deltas)
+
+    bar = tqdm(total=args.steps, initial=state["step"], disable=rank > 0, desc=args.mode)
+    for step in range(state["step"], args.steps):
         batch = questions_of_step(problems, step, args.prompts, args.seed)
         stats = torch.zeros(R, len(STATS), dtype=torch.float64)  # each row from its rank
         clock = time.perf_counter()
@@ -462,15 +794,13 @@ def main(args):
                 [batch[row // G] for row in mine], tokenizer, notes, args.device)
             stats[mine.start:mine.stop, 0] = rollout.length.cpu()
         else:
-            prompts = [notes["prompt"].replace("{question}", p["question"]) for p in batch]
             with gathered(model):
-                rollout = generate(
-                    model, tokenizer, prompts, G, args.mode, answer_greedy=False,
-                    temperature=args.temperature, noise_std=noise_std, cot_len=args.cot_len,
-                    answer_len=args.answer_len, eos=notes["eos"], seed=(args.seed, step), rows=mine,
-                    watch=watch, store_thoughts=True, entropy_every=ENTROPY_EVERY)
-            rewards = torch.tensor([reward(answer, batch[row // G]["answer"], args.verifier)
-                                    for row, answer in zip(mine, rollout.answers)])
+                rollout = sample_rows(args, model, tokenizer, notes, batch, watch,
+                                      (args.seed, step), args.mode, mine)
+            rewards = torch.zeros(len(mine))
+            for i, (row, answer) in enumerate(zip(mine, rollout.answers)):
+                with time_limit(REWARD_SECONDS):
+                    rewards[i] = reward(answer, batch[row // G]["answer"], args.verifier)
             slots = torch.arange(rollout.tokens.shape[1], device=args.device)
             in_cot = slots < rollout.cot_len[:, None]  # (r, N)
             eos = torch.isin(rollout.tokens, torch.tensor(notes["eos"], device=args.device).long())
@@ -482,9 +812,9 @@ def main(args):
             stats[mine.start:mine.stop] = torch.stack(
                 [columns[k].double().cpu() for k in STATS], dim=1)
         generate_s = time.perf_counter() - clock
-        if world > 1:
-            dist.all_reduce(stats_on := stats.to(args.device))
-            stats = stats_on.cpu()
+        if stop():  # this step is done again by --resume
+            break
+        stats = over_ranks(stats, args.device)
 
         # 3. Advantage; weight is d loss / d log pi of a row's actions
         if sft:
@@ -499,75 +829,83 @@ def main(args):
         clock = time.perf_counter()
         lengths = dict(zip(mine, rollout.length.tolist()))
         rows = sorted(scored[rank], key=lambda row: (row // G, lengths[row]))
-        loss_sum, drifts = 0.0, [torch.zeros(0, device=args.device)]
-        for i in range(n_micro):
-            part = rows[i * args.micro_batch:(i + 1) * args.micro_batch]
-            local = torch.tensor(part or [mine.start], device=args.device) - mine.start
-            *packed, kind, in_cot, sampled_logp = pack(rollout, local)
-            chosen = (kind == TOKEN) | (kind == THOUGHT)  # forced tokens have weight 0
-            w = weight[part or [0]].float().to(args.device)[:, None] * chosen * bool(part)
-            noise = None
-            if args.input_noise:  # it grows in the second half of the steps: facts are learnt first
-                scale = args.input_noise * max(0.0, 2 * step / args.steps - 1)
-                noise = input_noise(kind, model, scale, (args.seed, step, rank, i)).to(dtype)
-            if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(i == n_micro - 1)
-            tau = torch.where(in_cot, args.temperature, 1.0)
-            loss, logp = model.log_prob(*packed, kind == THOUGHT, w, tau, noise_std, noise)
-            (loss * world).backward()  # FSDP takes the mean over ranks
-            loss_sum += loss.item()
-            drifts.append((logp - sampled_logp)[w != 0].abs())
+        norms = {}
+        for part in sources:
+            backward(rollout, rows, n_micro, step, weight, part)
+            grads = [m.grad for m in masters.values() if m.grad is not None]
+            norms[f"grad_{part}"] = full(torch.nn.utils.get_total_norm(grads)).item()
+            optimizer.zero_grad()
+        loss, delta = backward(rollout, rows, n_micro, step, weight)
+        loss, n_delta, delta_sum = over_ranks([loss, len(delta), delta.sum()], args.device).tolist()
+        delta_max = over_ranks(delta.max() if len(delta) else 0, args.device, "MAX").item()
 
         # 5. Update
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         grad_norm = torch.zeros(())
         if n_micro:  # else no group had two different rewards, and there is nothing to learn
-            grad_norm = torch.nn.utils.clip_grad_norm_(masters.values(), args.clip)
-            grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+            grad_norm = full(torch.nn.utils.clip_grad_norm_(masters.values(), args.clip))
+        finite = math.isfinite(loss + grad_norm.item())
+        if n_micro and finite:
             optimizer.step()
-            optimizer.zero_grad()
             if world == 1 and dtype != torch.float32:
                 with torch.no_grad():
                     torch._foreach_copy_(list(model.parameters()), list(masters.values()))
+        optimizer.zero_grad()
+        state["skipped"] = 0 if finite else state["skipped"] + 1
         train_s = time.perf_counter() - clock
 
         # 6. Log
-        mean, drift = dict(zip(STATS, stats.nanmean(0).tolist())), torch.cat(drifts)
-        line = {"step": step, "loss": loss_sum} if sft else {
+        mean = dict(zip(STATS, stats.nanmean(0).tolist()))
+        line = {"step": step, "loss": loss} if sft else {
             "step": step, "reward": mean["reward"], "accuracy": mean["correct"],
             "truncated": mean["truncated"], "unparsed": mean["unparsed"],
             "zero_advantage": (weight.view(-1, G) == 0).all(1).double().mean().item(),
             "cot_len": mean["cot_len"], "eos_in_cot": mean["eos"], "entropy": mean["entropy"],
-            "delta_logp": drift.mean().item() if len(drift) else 0.0,
-            "delta_logp_max": drift.max().item() if len(drift) else 0.0}
-        line |= {"grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"],
-                 "generate_s": generate_s, "train_s": train_s,
-                 "tokens_per_s": stats[:, 0].sum().item() / (generate_s + train_s),
-                 "peak_gb": peak_memory_gb(args.device)}
+            "delta_logp": delta_sum / max(1, n_delta), "delta_logp_max": delta_max}
+        line |= norms | {
+            "grad_norm": grad_norm.item(), "skipped": state["skipped"],
+            "lr": optimizer.param_groups[0]["lr"], "generate_s": generate_s, "train_s": train_s,
+            "tokens_per_s": stats[:, 0].sum().item() / (generate_s + train_s),
+            "peak_gb": peak_memory_gb(args.device)}
+        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
         if rank == 0:
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.update()
             if not sft or step % 50 == 0:
-                say("  ".join(f"{k} {v:.3g}" for k, v in line.items()))
+                say("  ".join(f"{k} {v:.3g}" for k, v in line.items() if v is not None))
+        if state["skipped"] == MAX_SKIPPED:
+            sys.exit(f"step {step}: the loss or its gradient was not finite {MAX_SKIPPED} times in "
+                     f"a row; the last checkpoint is {checkpoints(out)[-1]}; lower --lr?")
+        if args.max_drift and delta_sum > args.max_drift * n_delta:
+            sys.exit(f"step {step}: --max_drift {args.max_drift}: log-probs at sampling and in "
+                     f"training differ by {line['delta_logp']:.3g} nats in the mean")
 
         # 7. Evaluate and save
-        stop = step + 1 == args.steps or interrupts
-        if stop or (step + 1) % args.eval_every == 0:
-            accuracy = validate(step + 1)
-            if accuracy[own] >= best[own]:
-                best = accuracy
-                save("best")
-        if stop:
-            save("last")
+        state["step"] = step + 1
+        if state["step"] == args.steps or state["step"] % args.eval_every == 0:
+            accuracy = validate()
+            if accuracy[own] >= state["best"][own]:
+                state |= {"best": accuracy, "best_step": f"step-{state['step']:06d}"}
+            save()
+            saved = state["step"]
+        if stop():
             break
 
+    if saved != state["step"]:
+        save()
     bar.close()
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    base, best = state["base"], state["best"]
     if rank == 0:
         log.close()
-        summary = {"base": base, "final": best, "checkpoint": str(out / "best"), "steps": step + 1}
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if state["step"] < args.steps:
+        say(f"Stopped at step {state['step']}; the same command with --resume goes on.")
+        return
+    if rank == 0:
+        write_json(out / "summary.json", {
+            "base": base, "final": best, "checkpoint": str(out / "best"), "steps": args.steps})
     for setting in base:
         say(f"{setting}: {100 * base[setting]:.1f} % before, {100 * best[setting]:.1f} % after, "
             f"on {len(val)} validation problems")
@@ -590,11 +928,25 @@ if __name__ == "__main__":
     parser.add_argument("--micro_batch", type=positive(int), help="rows per backward pass")
     parser.add_argument("--eval_every", type=positive(int), help="steps between validations")
     parser.add_argument("--val_size", type=positive(int), help="validation problems")
-    parser.add_argument("--input_noise", type=float,
+    parser.add_argument("--input_noise", type=positive(float, or_zero=True),
                         help="most noise on input embeddings, in RMS, for supervised training")
     parser.add_argument("--verifier", choices=VERIFIERS, default="own")
     parser.add_argument("--plan", type=positive(float), metavar="GB", help="only print the memory "
                         "that the run would take, and the micro-batch that fits this much")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the newest checkpoint in OUT, if there is one")
+    parser.add_argument("--keep", type=positive(int), default=2,
+                        help="newest checkpoints to keep, beside the best")
+    parser.add_argument("--shard_size", type=positive(int), help="ranks that share one copy of the "
+                        "weights; default all (with fewer than all: HSDP)")
+    parser.add_argument("--activation_checkpointing", action="store_true",
+                        help="keep less for the backward pass, and compute it again")
+    parser.add_argument("--log_grad_sources", action="store_true", help="log the gradient's norm "
+                        "by source: thought through logits, through E, answer; 4 passes for one")
+    parser.add_argument("--max_drift", type=positive(float), help="stop when the mean |log pi at "
+                        "sampling - log pi in training| of a step exceeds this many nats")
+    parser.add_argument("--audit", type=positive(int), metavar="N",
+                        help="only sample N questions and print that difference in every mode")
     parser.add_common()
     parser.run(main)
     if dist.is_initialized():

@@ -87,7 +87,7 @@ def peer_soft_loop(peer, tokenizer, prompts, n_samples, n_new, noise_std):
 def decode_step(model, prompt_ids, n_samples, n_own):
     """(one decode step behind n_own earlier ones, its matrix products alone), as functions."""
     _, cache = model.read(prompt_ids)
-    cache.branch(torch.arange(len(prompt_ids)).repeat_interleave(n_samples))
+    cache = cache.branch(torch.arange(len(prompt_ids)).repeat_interleave(n_samples))
     rows, dtype = len(prompt_ids) * n_samples, model.lm_head.weight.dtype
     x = torch.randn(rows, 1, model.config.hidden_size).to(dtype)
     for _ in range(n_own):
@@ -195,8 +195,9 @@ def our_step(args, mode, n_prompts, runs):
         given = dict(
             mode=mode, model=args.model, data=args.data, out=out, steps=runs + 1, prompts=n_prompts,
             samples=args.samples, cot_len=COT_LEN, answer_len=ANSWER_LEN, micro_batch=16, val_size=1,
-            eval_every=runs + 1, dtype="bfloat16", seed=0, device="cpu", clip=1.0, verifier="own")
-        unset = ("lr", "warmup", "input_noise", "prompt_file", "temperature", "noise_scale", "plan")
+            eval_every=runs + 1, dtype="bfloat16", seed=0, device="cpu", clip=1.0, verifier="own", keep=1)
+        unset = ("lr", "warmup", "input_noise", "prompt_file", "temperature", "noise_scale", "plan", "audit", "resume",
+                 "shard_size", "max_drift", "activation_checkpointing", "log_grad_sources")
         train.main(run := Namespace(**given, **dict.fromkeys(unset)))
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     foretold = train.memory(run, Transformer.from_pretrained(args.model), 1, 16)["peak"] / 1e9

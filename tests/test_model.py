@@ -56,7 +56,7 @@ def test_decoding_behind_shared_prompts_equals_each_row_alone(heads, device_has_
     tails = torch.randint(61, (6, 9))
     last, cache = model.read(PROMPT_IDS)
     cache.block = 4  # grows on the way
-    cache.branch(torch.tensor(OF_ROW))
+    cache = cache.branch(torch.tensor(OF_ROW))
     out = decode(model, cache, tails, range(9))
     for row, q, ids in zip(out, OF_ROW, whole_rows(PROMPT_IDS, OF_ROW, tails)):
         full = model(ids[None])[0]
@@ -68,7 +68,7 @@ def test_several_positions_at_once_equal_one_by_one():
     model, tails = random_model(), torch.randint(61, (6, 9))
     for parts in ([9], [4, 5], [1, 3, 1, 4]):
         _, cache = model.read(PROMPT_IDS)
-        cache.branch(torch.tensor(OF_ROW))
+        cache = cache.branch(torch.tensor(OF_ROW))
         out = torch.cat([model(part, cache) for part in tails.split(parts, 1)], 1)
         for row, ids in zip(out, whole_rows(PROMPT_IDS, OF_ROW, tails)):
             torch.testing.assert_close(row, model(ids[None])[0, -9:], atol=1e-5, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_several_positions_at_once_equal_one_by_one():
 def test_rows_leave_and_others_enter_a_cache_and_decode_as_alone():
     model, tails = random_model(), torch.randint(61, (6, 9))
     _, cache = model.read(PROMPT_IDS)
-    cache.branch(torch.tensor(OF_ROW))
+    cache = cache.branch(torch.tensor(OF_ROW))
     decode(model, cache, tails, range(3))
     kept = torch.tensor([5, 0, 4])  # prompts 0 and 2 remain
     cache.keep(kept)
@@ -88,7 +88,7 @@ def test_rows_leave_and_others_enter_a_cache_and_decode_as_alone():
 
     long, entering = [[*range(20, 31)]], torch.randint(61, (2, 9))  # a prompt longer than all others
     _, other = model.read(long)
-    other.branch(torch.tensor([0, 0]))
+    other = other.branch(torch.tensor([0, 0]))
     cache.join(other)
     now = torch.cat((tails[kept, 5:8], entering[:, :3]))
     out = decode(model, cache, now, range(3))

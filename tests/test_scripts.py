@@ -1,8 +1,12 @@
 """The scripts as a user runs them: at toy size, with mistakes, on one process and on two."""
+import contextlib
+import itertools
 import json
 import math
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +15,16 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SHARED, script, script_inside
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sample import load
-from train import write_tiny_model
+from model import Transformer
+from sample import MODES, load
+from train import checkpoints, newest_checkpoint, write_tiny_model
 
 TOY = ["--steps", 3, "--prompts", 2, "--samples", 4, "--val_size", 6, "--cot_len", 10, "--answer_len", 3, "--lr", 1e-3,
        "--eval_every", 2, "--data", "arithmetic", "--dtype", "float32", "--micro_batch", 3, "--warmup", 1]
 FIELDS = {"step", "reward", "accuracy", "truncated", "unparsed", "zero_advantage", "cot_len", "entropy", "delta_logp",
-          "grad_norm", "lr", "generate_s", "train_s", "tokens_per_s", "peak_gb"}
+          "grad_norm", "skipped", "lr", "generate_s", "train_s", "tokens_per_s", "peak_gb"}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +51,8 @@ def test_train_writes_log_summary_and_checkpoints(mode, base, tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     own = {f"{mode}_greedy", "hard_greedy"}
     assert set(summary["base"]) == set(summary["final"]) == own
-    assert (out / "last" / "model.safetensors").exists()
-    before, after = (load_file(p / "model.safetensors") for p in (base, out / "last"))
+    assert (out / "best").resolve().name in [p.name for p in checkpoints(out)] and len(checkpoints(out)) <= 3
+    before, after = (load_file(p / "model.safetensors") for p in (base, checkpoints(out)[-1]))
     assert any(not torch.equal(before[k], after[k]) for k in before)
     _, _, notes = load(summary["checkpoint"])
     assert json.loads((out / "best" / "args.json").read_text())["mode"] == mode
@@ -64,7 +69,7 @@ def toy(**changes):
 
 def assert_same_weights(first, second, lr=1e-3, steps=3):
     """Equal up to rounding: AdamW turns the sign of a gradient near 0 into a whole step, so a few may be apart."""
-    a, b = (load_file(path / "last" / "model.safetensors") for path in (first, second))
+    a, b = (load_file(checkpoints(path)[-1] / "model.safetensors") for path in (first, second))
     apart = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
     assert (apart > 1e-4).double().mean() < 1e-3 and apart.max() < 2 * steps * lr
 
@@ -104,33 +109,190 @@ def test_plan_needs_only_the_configuration_and_writes_nothing(base, tmp_path, mo
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("mode", ["soft", "hard"])
-def test_two_ranks_equal_one_rank(mode, base, tmp_path):
-    """Three groups of three on two ranks: the middle group is split between them."""
-    flags = ["--mode", mode, "--model", str(base), *map(str, toy(prompts=3, samples=3))]
-    one = script_inside("train.py", "--out", tmp_path / "one", *flags)
-    assert one.returncode == 0, one.stderr
-    two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(ROOT / "train.py"), "--out", str(tmp_path / "two"), *flags],
-        text=True, capture_output=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stderr
-    assert_same_logs(tmp_path / "one", tmp_path / "two")
-    assert_same_weights(tmp_path / "one", tmp_path / "two")
+# Several ranks, and runs that are cut off
+
+def start(out, base, *flags, ranks=1):
+    """Start train.py in a process group of its own, under torchrun if there are several ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
+    command = [sys.executable, *launcher, ROOT / "train.py", "--out", out, "--model", base, *flags]
+    return subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_interrupt_saves_and_exits_cleanly(base, tmp_path):
-    flags = map(str, toy(steps=100000, eval_every=100000))
-    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--mode", "soft", "--model", str(base), "--out",
-                            str(tmp_path), *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    log = tmp_path / "log.jsonl"
-    for _ in range(600):
-        time.sleep(0.1)
-        if log.exists() and log.read_text().count("\n") >= 2:
-            break
+def finish(*args, timeout=100, **options):
+    """Start it and see it end well."""
+    run = start(*args, **options)
+    output, _ = run.communicate(timeout=timeout)
+    assert run.returncode == 0, output
+    return output
+
+
+def wait_for(condition, run, seconds=60):
+    for _ in range(int(seconds / 0.01)):
+        if condition() or run.poll() is not None:
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came to that")
+
+
+def n_lines(out):
+    return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+
+
+def remove_last_checkpoint(out):
+    shutil.rmtree(checkpoints(out)[-1])
+
+
+@pytest.mark.parametrize("mode, ranks, extra", [
+    ("soft", 2, []), ("hard", 4, ["--activation_checkpointing"]), ("fuzzy", 4, ["--shard_size", 2])])
+def test_several_ranks_equal_one_and_go_on_from_each_others_checkpoints(mode, ranks, extra, base, tmp_path):
+    """Three groups of three rows: a group is split between ranks."""
+    flags = ["--mode", mode, "--keep", 9, *toy(prompts=3, samples=3, eval_every=1)]
+    one, many = tmp_path / "one", tmp_path / "many"
+    finish(one, base, *flags)
+    finish(many, base, *flags, *extra, ranks=ranks)
+    assert_same_logs(one, many)
+    assert_same_weights(one, many)
+    weights = load_file(checkpoints(one)[-1] / "model.safetensors")
+    remove_last_checkpoint(one)
+    remove_last_checkpoint(many)
+    finish(one, base, *flags, *extra, "--resume", ranks=ranks)
+    finish(many, base, *flags, "--resume")
+    assert_same_logs(one, many)
+    assert_same_weights(one, many)
+    again = load_file(checkpoints(one)[-1] / "model.safetensors")
+    assert max((weights[k] - again[k]).abs().max() for k in weights) < 1e-3
+
+
+def test_gradient_sources_are_logged_alike_on_two_ranks(base, tmp_path):
+    flags = ["--mode", "soft", "--log_grad_sources", *toy(samples=16)]
+    finish(tmp_path / "one", base, *flags)
+    finish(tmp_path / "two", base, *flags, ranks=2)
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
+        for source in ("logits", "embedding", "answer"):
+            assert 0 < one[f"grad_{source}"] == pytest.approx(two[f"grad_{source}"], rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_run_resumes_to_the_same_weights_and_log(ranks, base, tmp_path):
+    """kill -9 at random moments and during the writing of a checkpoint; SOAK: how often of each."""
+    flags = ["--mode", "soft", *toy(steps=10, eval_every=1, samples=3)]
+    whole, cut, rng = tmp_path / "whole", tmp_path / "cut", random.Random(ranks)
+    finish(whole, base, *flags, ranks=ranks)
+    for kill in range(2 * int(os.environ.get("SOAK", 1))):
+        before = n_lines(cut)
+        run = start(cut, base, *flags, "--resume", ranks=ranks)
+        if kill % 2:
+            wait_for(lambda: [*cut.glob("step-*.new")], run)
+        else:
+            wait_for(lambda: n_lines(cut) > before, run)
+            time.sleep(rng.uniform(0, 0.2))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    finish(cut, base, *flags, "--resume", ranks=ranks)
+    timed = ("generate_s", "train_s", "tokens_per_s", "peak_gb")
+    plain = [[{k: v for k, v in line.items() if k not in timed} for line in log_of(out)] for out in (whole, cut)]
+    assert plain[0] == plain[1] and len(plain[0]) == 10
+    assert newest_checkpoint(cut).name == newest_checkpoint(whole).name == "step-000010"
+    a, b = (load_file(checkpoints(out)[-1] / "training" / "masters.safetensors") for out in (whole, cut))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (cut / "best").resolve().name == (whole / "best").resolve().name
+    assert (cut / "summary.json").read_text() == (whole / "summary.json").read_text().replace("whole", "cut")
+
+
+@pytest.mark.parametrize("number, ranks", [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_interrupt_and_termination_save_and_end(number, ranks, base, tmp_path):
+    flags = ["--mode", "soft", *toy(steps=100000, eval_every=100000)]
+    run = start(tmp_path, base, *flags, ranks=ranks)
+    wait_for(lambda: n_lines(tmp_path) >= 2, run)
+    run.send_signal(number)
+    output, _ = run.communicate(timeout=30)
+    assert (run.returncode == 0) == (ranks == 1), output  # torchrun itself reports the signal
+    assert f"step-{n_lines(tmp_path):06d}" == newest_checkpoint(tmp_path).name and "--resume" in output
+    assert not (tmp_path / "summary.json").exists()
+    refused = script_inside("train.py", "--out", tmp_path, "--model", base, *flags)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+
+
+def test_second_interrupt_ends_at_once(base, tmp_path):
+    run = start(tmp_path, base, *toy(steps=10, eval_every=10, prompts=8000))  # a step takes long
+    wait_for(lambda: checkpoints(tmp_path), run)
+    time.sleep(0.5)
     run.send_signal(signal.SIGINT)
-    assert run.wait(60) == 0
-    assert (tmp_path / "last" / "model.safetensors").exists() and (tmp_path / "summary.json").exists()
+    time.sleep(1.2)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.wait(10) == 130
+
+
+def test_all_ranks_end_when_one_is_killed(base, tmp_path):
+    run = start(tmp_path, base, *toy(steps=100000, eval_every=100000), ranks=2)
+    wait_for(lambda: n_lines(tmp_path) >= 2, run)
+    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], text=True, capture_output=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert newest_checkpoint(tmp_path).name == "step-000000"
+
+
+def test_full_disk_ends_in_one_line_and_the_last_checkpoint_is_intact(base, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        done = script_inside("train.py", "--model", base, "--out", disk / "run", *TOY)
+        assert done.returncode == 2 and done.stderr.count("train.py: error:") == 1 and "No space left" in done.stderr
+        assert "Traceback" not in done.stderr and newest_checkpoint(disk / "run").name == "step-000000"
+        assert [p.name for p in checkpoints(disk / "run")] == ["step-000000"] and not [*disk.glob("run/*.new")]
+    finally:
+        subprocess.run(["umount", disk])
+
+
+@pytest.mark.parametrize("bad_steps, outcome", [([1], 0), ([0, 1, 2, 3, 4], 1)])
+def test_steps_without_a_finite_gradient_are_skipped_and_five_in_a_row_end_the_run(bad_steps, outcome, base, tmp_path,
+                                                                                  monkeypatch):
+    log_prob = Transformer.log_prob
+
+    def spoilt(self, *args):
+        loss, logp = log_prob(self, *args)
+        return loss * (math.nan if n_lines(tmp_path) in bad_steps else 1.0), logp
+    monkeypatch.setattr(Transformer, "log_prob", spoilt)
+    done = script_inside("train.py", "--model", base, "--out", tmp_path, "--keep", 9,
+                         *toy(steps=6, eval_every=1, samples=16))
+    skipped = [line["skipped"] for line in log_of(tmp_path)]
+    weights = [load_file(path / "model.safetensors") for path in checkpoints(tmp_path)]
+    same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise(weights)]
+    if outcome:
+        assert "5 times in a row" in str(done.returncode) and skipped == [1, 2, 3, 4, 5] and same == [True] * 4
+    else:
+        assert done.returncode == 0 and skipped == [0, 1, 0, 0, 0, 0] and log_of(tmp_path)[1]["grad_norm"] is None
+        assert same[1] and not all(same)
+
+
+def test_drift_beyond_the_limit_stops_the_run(base, tmp_path):
+    done = script_inside("train.py", "--model", base, "--out", tmp_path, "--max_drift", 1e-12, *toy(samples=16))
+    assert "--max_drift" in str(done.returncode) and n_lines(tmp_path) == 1
+
+
+def test_reward_that_raises_ends_the_run_with_its_own_error(base, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("in a reward")
+    monkeypatch.setattr("eval.judge", fail)
+    with pytest.raises(ZeroDivisionError):
+        script_inside("train.py", "--model", base, "--out", tmp_path, *TOY)
+
+
+def test_audit_reports_every_mode_by_position(base, tmp_path):
+    done = script_inside("train.py", "--model", base, "--out", tmp_path, "--audit", 3, *TOY)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "audit.json").read_text())
+    assert {(r["mode"], r["micro_batch"]) for r in report} == {(m, n) for m in MODES for n in (1, 3)}
+    for r in report:
+        assert 0 <= r["median"] <= r["mean"] <= r["max"] == max(r["max_by_position"])
+        assert r["mean"] < (1e-4 if r["mode"] != "fuzzy" else 1e-2)
+    assert not checkpoints(tmp_path) and "soft" in done.stdout
 
 
 def test_sample_prints_thought_answer_and_the_heaviest_tokens(base):
@@ -218,36 +380,142 @@ def test_real_benchmark_file_trains(base, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+TRAIN, EVAL, SAMPLE = (["train.py", "--model"], ["eval.py", "--model"], ["sample.py", "--model"])
 BAD = {
-    "model that does not exist": (["train.py", "--model", "nowhere"], "nowhere"),
-    "directory without config": (["sample.py", "--model", "{tmp}", "1+1"], "config.json"),
-    "unsupported architecture": (["eval.py", "--model", "{tmp}/gpt2"], "gpt2"),
-    "one sample": (["train.py", "--model", "{base}", "--samples", "1"], "--samples 1"),
+    "model that does not exist": ([*TRAIN, "nowhere"], "nowhere"),
+    "model that is a file": ([*TRAIN, "{tmp}/plain.jsonl"], "plain.jsonl"),
+    "no model": (["eval.py"], "--model"),
+    "directory without config": ([*SAMPLE, "{tmp}", "1+1"], "config.json"),
+    "one sample": ([*TRAIN, "{base}", "--samples", "1"], "--samples 1"),
     "negative learning rate": (["train.py", "--lr", "-1"], "--lr"),
+    "no learning rate": (["train.py", "--lr", "nan"], "--lr"),
+    "endless learning rate": (["train.py", "--lr", "inf"], "--lr"),
     "no steps": (["train.py", "--steps", "0"], "--steps"),
+    "no questions": (["train.py", "--prompts", "0"], "--prompts"),
+    "half a question": (["train.py", "--prompts", "0.5"], "--prompts"),
+    "no clipping": (["train.py", "--clip", "0"], "--clip"),
+    "no micro-batch": (["train.py", "--micro_batch", "0"], "--micro_batch"),
+    "no temperature": ([*SAMPLE, "{base}", "--temperature", "0", "1+1"], "--temperature"),
+    "noise that is no number": ([*TRAIN, "{base}", "--noise_scale", "much"], "--noise_scale"),
+    "negative input noise": (["train.py", "--input_noise", "-1"], "--input_noise"),
+    "no budget": ([*EVAL, "{base}", "--cot_len", "0"], "--cot_len"),
+    "negative seed": ([*TRAIN, "{base}", "--seed", "-1"], "--seed"),
+    "unknown precision": ([*TRAIN, "{base}", "--dtype", "float16"], "--dtype"),
+    "unknown device": ([*TRAIN, "{base}", "--device", "abacus"], "--device"),
+    "device that is not there": ([*TRAIN, "{base}", "--device", "cuda:99"], "--device"),
+    "unknown flag": (["train.py", "--speed", "9"], "--speed"),
     "unknown mode": (["train.py", "--mode", "loud"], "--mode"),
-    "unknown task": (["train.py", "--model", "{base}", "--data", "nonsense"], "--data nonsense"),
-    "data without an answer": (["train.py", "--model", "{base}", "--data", "{tmp}/no_answer.jsonl"], "no_answer.jsonl:2"),
-    "data that is not JSON": (["eval.py", "--model", "{base}", "--data", "{tmp}/broken.jsonl"], "broken.jsonl:1"),
-    "empty data": (["eval.py", "--model", "{base}", "--data", "{tmp}/empty.jsonl"], "empty.jsonl"),
-    "data file that does not exist": (["eval.py", "--model", "{base}", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    "prompt longer than the context": (["sample.py", "--model", "{base}", "1" * 300], "context of 256"),
+    "keep nothing": (["train.py", "--keep", "0"], "--keep"),
+    "shards that do not divide the ranks": ([*TRAIN, "{base}", "--shard_size", "2"], "--shard_size 2"),
+    "plan of nothing": (["train.py", "--plan", "80"], "--plan"),
+    "out that is below a file": ([*TRAIN, "{base}", "--data", "arithmetic", "--cot_len", "9", "--out", "{tmp}/plain.jsonl/out"],
+                                 "plain.jsonl"),
+    "unknown task": ([*TRAIN, "{base}", "--data", "nonsense"], "--data nonsense"),
+    "data without an answer": ([*TRAIN, "{base}", "--data", "{tmp}/no_answer.jsonl"], "no_answer.jsonl:2"),
+    "data that is not JSON": ([*EVAL, "{base}", "--data", "{tmp}/broken.jsonl"], "broken.jsonl:1"),
+    "data that is a number": ([*EVAL, "{base}", "--data", "{tmp}/number.jsonl"], "number.jsonl:2"),
+    "data that is no text": ([*EVAL, "{base}", "--data", "{tmp}/bytes.jsonl"], "bytes.jsonl"),
+    "empty data": ([*EVAL, "{base}", "--data", "{tmp}/empty.jsonl"], "empty.jsonl"),
+    "data file that does not exist": ([*EVAL, "{base}", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "choices without their answer": ([*EVAL, "{base}", "--data", "{tmp}/choices.jsonl"], "choices.jsonl:1"),
+    "folder that is no MMLU": ([*EVAL, "{base}", "--data", "{tmp}/gpt2"], "gpt2"),
+    "prompt longer than the context": ([*SAMPLE, "{base}", "1" * 300], "context of 256"),
     "question of the data longer than the context": (
-        ["train.py", "--model", "{base}", "--data", "{tmp}/long.jsonl", "--val_size", "1"], "context of 256"),
-    "unknown setting": (["eval.py", "--model", "{base}", "--settings", "soft"], "--settings soft"),
-    "prompt file without a question": (["eval.py", "--model", "{base}", "--prompt_file", "{tmp}/empty.jsonl"], "{question}"),
-    "prompt file that does not exist": (["eval.py", "--model", "{base}", "--prompt_file", "nowhere"], "--prompt_file"),
+        [*TRAIN, "{base}", "--data", "{tmp}/long.jsonl", "--val_size", "1"], "context of 256"),
+    "solution longer than the context": (
+        [*TRAIN, "{base}", "--mode", "sft", "--data", "{tmp}/long_solution.jsonl", "--val_size", "1"], "context of 256"),
     "no solutions to imitate": (
-        ["train.py", "--mode", "sft", "--model", "{base}", "--data", "{tmp}/plain.jsonl", "--val_size", "1"], "solutions"),
-    "more validation problems than problems": (["train.py", "--model", "{base}", "--data", "{tmp}/plain.jsonl"], "--val_size"),
+        [*TRAIN, "{base}", "--mode", "sft", "--data", "{tmp}/plain.jsonl", "--val_size", "1"], "solutions"),
+    "more validation problems than problems": ([*TRAIN, "{base}", "--data", "{tmp}/plain.jsonl"], "--val_size"),
+    "unknown setting": ([*EVAL, "{base}", "--settings", "soft"], "--settings soft"),
+    "results that are no .json": ([*EVAL, "{base}", "--out", "{tmp}/r.txt"], "--out"),
+    "comparison with nothing": ([*EVAL, "{base}", "--compare", "nowhere.json"], "nowhere.jsonl"),
+    "plot of nothing": ([*EVAL, "{base}", "--plot", "p.png"], "--plot"),
+    "prompt file without a question": ([*EVAL, "{base}", "--prompt_file", "{tmp}/empty.jsonl"], "{question}"),
+    "prompt file that does not exist": ([*EVAL, "{base}", "--prompt_file", "nowhere"], "--prompt_file"),
+    "prompt file that is a folder": ([*EVAL, "{base}", "--prompt_file", "{tmp}"], "--prompt_file"),
 }
+CONFIGS = {  # of the tiny model, with one thing changed; what the error names
+    "other architecture": ({"model_type": "gpt2"}, "gpt2"),
+    "quantised": ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+    "a billion layers": ({"num_hidden_layers": 10 ** 9}, "num_hidden_layers"),
+    "absurd width": ({"hidden_size": 2 ** 40}, "hidden_size"),
+    "no vocabulary": ({"vocab_size": 0}, "vocab_size"),
+    "negative width": ({"hidden_size": -64}, "hidden_size"),
+    "layers in words": ({"num_hidden_layers": "three"}, "num_hidden_layers"),
+    "half a head": ({"num_attention_heads": 4.5}, "num_attention_heads"),
+    "odd head": ({"head_dim": 15}, "head_dim"),
+    "key heads that do not divide the heads": ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    "another width than the weights": ({"intermediate_size": 200}, "mlp"),
+    "more layers than weights": ({"num_hidden_layers": 4}, "layers.3"),
+    "fewer layers than weights": ({"num_hidden_layers": 2}, "layers.2"),
+    "another vocabulary than the weights": ({"vocab_size": 3}, "embed_tokens"),
+    "unknown rope": ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+    "rope without its factor": ({"rope_parameters": {"rope_type": "llama3"}}, "factor"),
+    "rope that is a word": ({"rope_parameters": "llama3"}, "rope"),
+    "negative rope base": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta"),
+}
+
+
+def harm(model, what):
+    """Damage one file of a checkpoint directory."""
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    if what == "config that is a list":
+        (model / "config.json").write_text("[1, 2]")
+    elif what == "config cut off":
+        (model / "config.json").write_text((model / "config.json").read_text()[:50])
+    elif what == "weights cut off":
+        weights.write_bytes(content[:len(content) // 2])
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "header longer than the file":
+        weights.write_bytes((2 ** 60).to_bytes(8, "little") + content[8:])
+    elif what == "header that lies":
+        header = json.loads(content[8:8 + size])
+        header["model.norm.weight"]["data_offsets"] = [0, 2 ** 40]
+        lie = json.dumps(header).encode()
+        weights.write_bytes(len(lie).to_bytes(8, "little") + lie + content[8 + size:])
+    elif what in ("weights with NaN", "a tensor too few", "a tensor too many"):
+        state = load_file(weights)
+        state["model.norm.weight"][3] = math.nan if what == "weights with NaN" else 1
+        state |= {"model.norm.bias": torch.zeros(64)} if what == "a tensor too many" else {}
+        state.pop("model.norm.weight" if what == "a tensor too few" else "none", None)
+        save_file(state, weights)
+    elif what == "index that leads elsewhere":
+        (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}')
+    elif what == "tokenizer cut off":
+        (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text()[:50])
+    elif what == "tokenizer of a larger model":
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"] |= {str(i): i for i in range(24, 99)}
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    elif what == "notes cut off":
+        (model / "soft_tokens.json").write_text('{"prompt": ')
+    elif what == "end token in words":
+        (model / "generation_config.json").write_text('{"eos_token_id": "end"}')
+
+
+HARMS = {
+    "config that is a list": "config.json", "config cut off": "config.json", "weights cut off": "model.safetensors",
+    "no weights": "model.safetensors", "header longer than the file": "model.safetensors",
+    "header that lies": "model.safetensors", "weights with NaN": "model.norm.weight",
+    "a tensor too few": "norm.weight", "a tensor too many": "model.norm.bias",
+    "index that leads elsewhere": "index.json", "tokenizer cut off": "tokenizer.json",
+    "tokenizer of a larger model": "vocab_size 24",
+    "notes cut off": "soft_tokens.json", "end token in words": "eos_token_id"}
 
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("mistakes")
     (tmp / "gpt2").mkdir()
-    (tmp / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp / "number.jsonl").write_text('{"question": "1+1", "answer": "2"}\n17\n')
+    (tmp / "bytes.jsonl").write_bytes(bytes(range(256)))
+    (tmp / "choices.jsonl").write_text('{"question": "1+1", "choices": ["1", "2"]}\n')
+    (tmp / "long_solution.jsonl").write_text("".join(
+        json.dumps({"question": f"{i}+1", "answer": "2", "solution": "1+1=2;" * 99}) + "\n" for i in range(3)))
     (tmp / "no_answer.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "1+2"}\n')
     (tmp / "broken.jsonl").write_text("question: 1+1\n")
     (tmp / "empty.jsonl").write_text("\n")
@@ -261,10 +529,39 @@ def mistakes(tmp_path_factory):
 def test_mistake_ends_in_one_line_that_names_it(name, base, mistakes, monkeypatch):
     monkeypatch.chdir(mistakes)
     args, expected = BAD[name]
-    done = script_inside(*(a.replace("{tmp}", str(mistakes)).replace("{base}", str(base)) for a in args))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and expected in done.stderr
-    assert not list(mistakes.glob("out/*/best"))
+    before = {*mistakes.rglob("*")}
+    assert_one_line(script_inside(*(a.replace("{tmp}", str(mistakes)).replace("{base}", str(base)) for a in args)), expected)
+    assert before == {*mistakes.rglob("*")}  # nothing half-written
+
+
+def assert_one_line(done, expected):
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert len(done.stderr.splitlines()) == 1 and expected in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *HARMS])
+def test_broken_checkpoint_is_refused_in_one_line_that_names_it(name, base, tmp_path):
+    model = tmp_path / "größe 1"
+    shutil.copytree(base, model)
+    assert script_inside("sample.py", "--model", model, "--cot_len", 2, "1+1").returncode == 0  # a path as any other
+    changes, expected = CONFIGS.get(name, ({}, HARMS.get(name)))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    if name in HARMS:
+        harm(model, name)
+    for args in (["sample.py", "--model", model, "1+1"], ["train.py", "--model", model, "--out", tmp_path / "out"]):
+        assert_one_line(script_inside(*args), expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_with_other_flags_or_data_is_refused(base, tmp_path):
+    flags = ["--model", base, "--out", tmp_path / "run", "--resume"]
+    done = script_inside("train.py", *flags, *TOY)
+    assert done.returncode == 0 and "nothing to resume" in done.stdout, done.stderr
+    assert script_inside("train.py", *flags, *TOY).returncode == 0  # complete: nothing is left to do
+    assert_one_line(script_inside("train.py", *flags, *toy(lr=2e-3)), "--lr 0.002")
+    (tmp_path / "prompt.txt").write_text("{question}")
+    assert_one_line(script_inside("train.py", *flags, *TOY, "--prompt_file", tmp_path / "prompt.txt"), "--prompt_file")
 
 
 def test_mistake_in_a_fresh_process_has_no_traceback(tmp_path):
@@ -276,3 +573,10 @@ def test_mistake_in_a_fresh_process_has_no_traceback(tmp_path):
 def test_help_shows_the_examples(name):
     done = script_inside(name, "--help")
     assert done.returncode == 0 and f"python {name} --m" in done.stdout
+
+
+def test_nothing_is_unpickled_evaluated_or_run_in_a_shell():
+    for file in ("model.py", "sample.py", "eval.py", "train.py"):
+        text = (ROOT / file).read_text()
+        found = re.search(r"pickle|torch\.load|(?<![.\w])(eval|exec|compile)\(|subprocess|os\.system|http://", text)
+        assert not found, (file, found)

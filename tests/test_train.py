@@ -11,10 +11,11 @@ import torch
 from conftest import random_model
 
 from eval import load_problems
-from model import InputError, Transformer
-from sample import MODES, NONE, THOUGHT, TOKEN, generate, load
-from train import (PLAN_PROMPT_LEN, distribute, learning_rate, memory, pack, questions_of_step, reference_rollout, reward,
-                   rloo, save_checkpoint, written_problem)
+from model import InputError
+from sample import MODES, NONE, generate, load
+from train import (MOMENTS, PLAN_PROMPT_LEN, checkpoints, distribute, learning_rate, memory, newest_checkpoint, pack,
+                   point, questions_of_step, reference_rollout, restore, reward, rloo, save_checkpoint, score, time_limit,
+                   written_problem)
 
 PROMPTS = ["User: 3+4*2 Assistant:", "User: 7-9 Assistant:"]
 
@@ -45,11 +46,12 @@ def rollout_of(tiny, mode, **changes):
     return generate(model, tokenizer, PROMPTS, 6, mode, **options | changes)
 
 
-def score(model, rollout, rows, weight=1.0, tau=1.0, noise_std=0.1):
-    *packed, kind, in_cot, sampled = pack(rollout, torch.tensor(rows))
-    w = ((kind == TOKEN) | (kind == THOUGHT)) * weight * torch.ones(len(rows), 1)
-    loss, logp = model.log_prob(*packed, kind == THOUGHT, w, torch.where(in_cot, tau, 1.0), noise_std)
-    return loss, logp, sampled, w != 0
+def scored(model, rollout, rows, weight=1.0, tau=1.0, noise_std=0.1):
+    """score() with its log-probs themselves: the loss, logp and that at sampling (b, N), and where they count."""
+    rows = torch.tensor(rows)
+    loss, delta, used = score(model, rollout, rows, torch.full((len(rows),), weight), tau, noise_std)
+    sampled = rollout.logp[rows, :delta.shape[1]]
+    return loss, sampled + delta, sampled, used
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -58,16 +60,16 @@ def test_log_prob_at_sampling_equals_log_prob_in_training(tiny, mode):
         tiny[0].norm.weight.mul_(5)  # at tau = 0.0001 a near-tie magnifies rounding; decided logits have none
     rollout = rollout_of(tiny, mode)
     for rows in ([*range(12)], [3], [11, 0, 5]):  # any padding, any micro-batch
-        _, logp, sampled, chosen = score(tiny[0], rollout, rows, tau=MODES[mode])
+        _, logp, sampled, chosen = scored(tiny[0], rollout, rows, tau=MODES[mode])
         assert chosen.sum() > 4 * len(rows)
         torch.testing.assert_close(logp[chosen], sampled[chosen], atol=1e-4, rtol=1e-4)
 
 
 def test_log_prob_at_sampling_equals_training_at_another_temperature(tiny):
     rollout = rollout_of(tiny, "hard", temperature=0.7)
-    _, logp, sampled, chosen = score(tiny[0], rollout, [*range(12)], tau=0.7)
+    _, logp, sampled, chosen = scored(tiny[0], rollout, [*range(12)], tau=0.7)
     torch.testing.assert_close(logp[chosen], sampled[chosen], atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(score(tiny[0], rollout, [*range(12)])[1], logp, atol=1e-2)
+    assert not torch.allclose(scored(tiny[0], rollout, [*range(12)])[1], logp, atol=1e-2)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -75,7 +77,7 @@ def test_bfloat16_action_is_scored_as_it_was_fed(tiny, mode):
     tiny[0].to(torch.bfloat16)
     rollout = rollout_of(tiny, mode)
     assert rollout.thoughts is None or rollout.thoughts.dtype == torch.bfloat16
-    _, logp, sampled, chosen = score(tiny[0], rollout, [*range(12)], tau=MODES[mode])
+    _, logp, sampled, chosen = scored(tiny[0], rollout, [*range(12)], tau=MODES[mode])
     assert (logp - sampled)[chosen].abs().median() < 0.1
 
 
@@ -95,7 +97,7 @@ def test_pack_holds_each_prompt_once_and_the_slots_of_its_rows(tiny):
 
 def test_prefilled_tokens_have_no_weight_and_the_last_token_has(tiny):
     rollout = rollout_of(tiny, "hard")
-    _, logp, _, chosen = score(tiny[0], rollout, [*range(12)])
+    _, logp, _, chosen = scored(tiny[0], rollout, [*range(12)])
     for r in range(12):
         c, n = int(rollout.cot_len[r]), int(rollout.length[r])
         forced = int((rollout.kind[r] == 3).sum())
@@ -107,7 +109,7 @@ def test_end_of_sequence_token_gets_gradient(tiny):
     model, tokenizer, notes = tiny
     rollout = reference_rollout([{"question": "1+1", "answer": "2", "solution": "1+1=2"}], tokenizer, notes, "cpu")
     assert rollout.tokens[0, -1] == notes["eos"][0]
-    _, logp, _, chosen = score(model, rollout, [0])
+    _, logp, _, chosen = scored(model, rollout, [0])
     assert chosen[0, -1] and logp[0, -1] < 0
 
 
@@ -116,7 +118,7 @@ def test_supervised_loss_is_the_cross_entropy_of_the_solution(tiny):
     problems = [{"question": "1+1", "answer": "2", "solution": "1+1=2"}, {"question": "1+1*3", "answer": "6", "solution": "1"}]
     rollout = reference_rollout(problems, tokenizer, notes, "cpu")
     n = int(rollout.length.sum())
-    loss, *_ = score(model, rollout, [0, 1], weight=-1 / n)
+    loss, *_ = scored(model, rollout, [0, 1], weight=-1 / n)
     total = 0.0
     for p in problems:
         prompt = tokenizer.encode(f"User: {p['question']} Assistant:").ids
@@ -131,7 +133,7 @@ def test_supervised_loss_is_the_cross_entropy_of_the_solution(tiny):
 def test_no_gradient_flows_through_stored_thoughts(tiny):
     rollout = rollout_of(tiny, "soft")
     rollout.thoughts.requires_grad_()
-    loss, *_ = score(tiny[0], rollout, [0, 1, 2], tau=0.5)
+    loss, *_ = scored(tiny[0], rollout, [0, 1, 2], tau=0.5)
     loss.backward()
     assert rollout.thoughts.grad is None or not rollout.thoughts.grad.any()
     assert tiny[0].embed_tokens.weight.grad.abs().sum() > 0
@@ -241,38 +243,152 @@ def test_bfloat16_training_accumulates_in_float32_masters():
         torch.testing.assert_close(grads[1][k], 2 * grads[0][k])
 
 
+def training(path, dtype=torch.float32):
+    """(model, float32 masters, AdamW, notes) of a checkpoint directory."""
+    model, _, notes = load(path)
+    masters = distribute(model, dtype, "cpu")
+    return model, masters, torch.optim.AdamW(masters.values(), lr=1e-2, fused=True), notes
+
+
+def update(model, masters, optimizer):
+    """One step of a made-up supervised loss."""
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    loss, _ = model.log_prob([[1, 2]], torch.tensor([0]), tokens, None, torch.zeros(1, 4, dtype=torch.bool),
+                             -torch.ones(1, 4), 1.0, None)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for p, m in zip(model.parameters(), masters.values()):
+        p.data.copy_(m.detach())
+
+
+def save_in(out, step, trained, source, dtype="float32"):
+    *parts, notes = trained
+    save_checkpoint(out / f"step-{step:06d}", *parts, {"step": step}, source, notes, Namespace(dtype=dtype))
+    return out / f"step-{step:06d}"
+
+
 def test_saved_checkpoint_is_an_ordinary_one_that_transformers_and_its_tokenizer_load(tiny, tiny_dir, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model, tokenizer, notes = tiny
-    masters = distribute(model, torch.float32, "cpu")
+    trained = training(tiny_dir)
     for _ in range(2):  # the second one replaces the first
-        save_checkpoint(tmp_path / "best", model, masters, torch.bfloat16, tiny_dir, notes, Namespace(seed=0), rank=0)
-    assert [p.name for p in tmp_path.iterdir()] == ["best"]
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "best")
-    peer_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "best")
+        update(*trained[:3])
+        path = save_in(tmp_path, 1, trained, tiny_dir, "bfloat16")
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    peer = transformers.AutoModelForCausalLM.from_pretrained(path)
+    peer_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     text = "User: 1+2 Assistant: 1+2=3 The final answer is: \\boxed{3}."
+    _, tokenizer, notes = tiny
     assert peer_tokenizer(text).input_ids == tokenizer.encode(text).ids
     assert peer_tokenizer.decode(peer_tokenizer(text).input_ids) == text
     assert peer_tokenizer.eos_token_id == peer.generation_config.eos_token_id == notes["eos"][0]
     assert peer.dtype == torch.bfloat16
-    again, _, loaded = load(tmp_path / "best")
+    again, _, loaded = load(path)
     ids = torch.tensor([tokenizer.encode(text).ids])
     with torch.no_grad():
         torch.testing.assert_close(peer.float()(ids).logits, again.logits(again(ids)), atol=2e-4, rtol=0)
     assert loaded["embedding_rms"] == notes["embedding_rms"] and loaded["prompt"] == notes["prompt"]
 
 
-def test_failed_save_leaves_the_checkpoint_before_it(tiny, tiny_dir, tmp_path, monkeypatch):
-    model, _, notes = tiny
-    masters = dict(model.named_parameters())
-    save_checkpoint(tmp_path / "best", model, masters, torch.float32, tiny_dir, notes, Namespace(seed=0), rank=0)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_restored_training_goes_on_bit_for_bit(dtype, tiny_dir, tmp_path):
+    trained = training(tiny_dir, getattr(torch, dtype))
+    for _ in range(3):
+        update(*trained[:3])
+    path = save_in(tmp_path, 3, trained, tiny_dir, dtype)
+    restored = training(path, getattr(torch, dtype))
+    assert restore(path, *restored[1:3]) == {"step": 3, "updates": 3}
+    for _ in range(2):
+        update(*trained[:3])
+        update(*restored[:3])
+    for (name, a), b in zip(trained[1].items(), restored[1].values()):
+        assert torch.equal(a, b), name
+        assert all(torch.equal(trained[2].state[a][k], restored[2].state[b][k]) for k in ("step", *MOMENTS))
+
+
+def test_failed_save_leaves_the_checkpoint_before_it_and_nothing_else(tiny_dir, tmp_path, monkeypatch):
+    trained = training(tiny_dir)
+    before = save_in(tmp_path, 1, trained, tiny_dir)
 
     def fail(*_, **__):
         raise OSError("no space left on device")
-    monkeypatch.setattr(Transformer, "save_pretrained", fail)
+    monkeypatch.setattr("train.on_disk", fail)
     with pytest.raises(OSError):
-        save_checkpoint(tmp_path / "best", model, masters, torch.float32, tiny_dir, notes, Namespace(seed=0), rank=0)
-    load(tmp_path / "best")
+        save_in(tmp_path, 2, trained, tiny_dir)
+    assert [*tmp_path.iterdir()] == checkpoints(tmp_path) == [before] and newest_checkpoint(tmp_path) == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training/masters.safetensors", "training/exp_avg.safetensors",
+                                  "training/state.json", "training/manifest.json", "config.json"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_damaged_checkpoint_is_named_and_gone_around(file, harm, tiny_dir, tmp_path, capsys):
+    trained = training(tiny_dir)
+    update(*trained[:3])
+    first, second = (save_in(tmp_path, step, trained, tiny_dir) for step in (1, 2))
+    assert newest_checkpoint(tmp_path) == second
+    victim, content = second / file, (second / file).read_bytes()
+    if harm == "flip":
+        victim.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif harm == "truncate":
+        victim.write_bytes(content[:-9])
+    else:
+        victim.unlink()
+    assert newest_checkpoint(tmp_path) == first
+    assert str(second) in capsys.readouterr().err
+    (first / file).unlink()
+    with pytest.raises(InputError, match="every checkpoint"):
+        newest_checkpoint(tmp_path)
+    save_in(tmp_path, 2, trained, tiny_dir)  # the damaged one is replaced
+    assert newest_checkpoint(tmp_path) == second
+
+
+def test_link_to_the_best_is_replaced(tmp_path):
+    for name in ("step-000001", "step-000002"):
+        (tmp_path / name).mkdir()
+        point(tmp_path / "best", tmp_path / name)
+        assert (tmp_path / "best").resolve() == (tmp_path / name).resolve()
+    (tmp_path / "best.new").symlink_to("step-000001")  # left over by a kill
+    point(tmp_path / "best", tmp_path / "step-000001")
+    assert (tmp_path / "best").resolve().name == "step-000001" and not (tmp_path / "best.new").is_symlink()
+
+
+def test_time_limit_ends_a_reward_that_hangs():
+    with time_limit(5):
+        pass
+    with pytest.raises(TimeoutError), time_limit(0.05):
+        while True:
+            pass
+
+
+# Where the gradient comes from, and what is kept for it
+
+def gradient(model, rollout, mode, source=None):
+    model.zero_grad()
+    g = torch.Generator().manual_seed(0)
+    loss, *_ = score(model, rollout, torch.arange(12), torch.randn(12, generator=g), MODES[mode], 0.1, None, source)
+    loss.backward()
+    return {name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_sources_add_up_to_the_gradient(mode, tiny):
+    model, rollout = tiny[0], rollout_of(tiny, mode)
+    whole = gradient(model, rollout, mode)
+    sources = ("logits", "embedding", "answer") if mode != "hard" else ("logits", "answer")
+    parts = {source: gradient(model, rollout, mode, source) for source in sources}
+    for name, g in whole.items():
+        torch.testing.assert_close(sum(p[name] for p in parts.values()), g, atol=1e-4 * float(g.abs().max()), rtol=1e-4)
+    assert all(any(g.any() for g in p.values()) for p in parts.values())
+    if mode != "hard":  # E directly: no other parameter
+        assert {name for name, g in parts["embedding"].items() if g.any()} == {"embed_tokens.weight"}
+
+
+def test_activation_checkpointing_changes_no_gradient(tiny):
+    model, rollout = tiny[0], rollout_of(tiny, "soft")
+    plain = gradient(model, rollout, "soft")
+    model.activation_checkpointing = True
+    for name, g in gradient(model, rollout, "soft").items():
+        torch.testing.assert_close(g, plain[name], msg=name)
 
 
 # Schedules and data
@@ -317,14 +433,16 @@ def test_tiny_model_is_what_the_readme_says(tiny_dir):
 
 # The plan of memory
 
+@pytest.mark.parametrize("again", [False, True], ids=["", "activation_checkpointing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_plan_counts_what_is_kept_for_the_backward_pass(dtype):
+def test_plan_counts_what_is_kept_for_the_backward_pass(dtype, again):
     """The tensors that autograd saves in each layer, counted one by one, against the formula."""
     P, b, N = PLAN_PROMPT_LEN, 4, 40
     wide = dict(hidden_size=64, intermediate_size=200, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 
     def saved(n_layers):
         model, kept = random_model(num_hidden_layers=n_layers, **wide).to(dtype), {}
+        model.activation_checkpointing = again
         parameters = {p.data_ptr() for p in model.parameters()}
 
         def count(tensor):
@@ -335,15 +453,17 @@ def test_plan_counts_what_is_kept_for_the_backward_pass(dtype):
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
             tokens, none = torch.ones(b, N, dtype=torch.long), torch.zeros(b, N, dtype=torch.bool)
             model.log_prob([[1] * P], none[:, 0].long(), tokens, None, none, torch.ones(b, N), 1.0, None)
-        return sum(n for n, _ in kept.values())
+        in_cache = 2 * 32 * dtype.itemsize * (P + b * N) * n_layers if again else 0  # held by the KVCache itself
+        return in_cache + sum(n for n, _ in kept.values())
     args = Namespace(dtype=str(dtype).removeprefix("torch."), device="cpu", cot_len=N - 12 - 4, answer_len=4, prompts=1,
-                     samples=b, mode="hard")
+                     samples=b, mode="hard", activation_checkpointing=again)
     more, fewer = (memory(args, random_model(num_hidden_layers=n, **wide), 1, b)["activations"] for n in (3, 2))
     assert more - fewer == pytest.approx(saved(3) - saved(2), rel=0.1)
 
 
 def test_plan_shares_the_weights_among_ranks(tmp_path):
-    args = Namespace(dtype="bfloat16", device="cuda", cot_len=128, answer_len=32, prompts=2, samples=32, mode="soft")
+    args = Namespace(dtype="bfloat16", device="cuda", cot_len=128, answer_len=32, prompts=2, samples=32, mode="soft",
+                     activation_checkpointing=False)
     model = random_model(num_hidden_layers=3)
     one, eight = (memory(args, model, ranks, 8) for ranks in (1, 8))
     n = sum(p.numel() for p in model.parameters())
