@@ -332,7 +332,8 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
                 if done - reported:
                     on_finish(describe(sorted(done - reported)))
                 reported |= done
-            few = batch - len(alive) >= batch / 8 if waiting else len(alive) <= 0.75 * len(places)
+            few = (batch - len(alive) >= min(batch / 8, len(waiting)) if waiting
+                   else len(alive) <= 0.75 * len(places))
             if few:  # else the copying would not pay
                 keep = torch.tensor(alive, dtype=torch.long, device=device)
                 live = {k: v[keep] for k, v in live.items()} if alive else {}
