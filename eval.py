@@ -10,13 +10,17 @@ likelihoods on multiple choice.
 A problem is {"question", "answer", "solution"}. Files are JSON lines; the public ones are
 downloaded to data/ when they are missing.
 """
+import contextlib
 import csv
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
+import threading
 import time
 import urllib.request
 import zlib
@@ -75,7 +79,7 @@ TASKS = ["arithmetic", *dict.fromkeys(task for task, _ in FILES)]
 def download(url, path, sha256):
     """Fetch url into path, complete or not at all, with a progress bar."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # several ranks may want it
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as f:
             size = int(response.headers.get("Content-Length") or 0)
@@ -222,7 +226,8 @@ FUNCTIONS = {
 TOKEN_PATTERN = re.compile(  # number, command, letter with an index, sign or bracket
     r"\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_(?:\w|\{\w+\}))?|[-+*/^!(){}\[\]|]")
 GREEK = {"alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "phi", "omega", "sigma"}
-MAX_CHARS, MAX_DEPTH, MAX_BITS = 400, 40, 4096  # what a hostile answer may cost
+# What a hostile answer may cost
+MAX_CHARS, MAX_DEPTH, MAX_BITS, MAX_SECONDS = 400, 40, 4096, 10
 
 
 def exact(x):
@@ -510,15 +515,35 @@ def listed(text):
     return "", split_top(text, ",")
 
 
-def judge(candidate, gold, verifier="own"):
-    """"correct", "wrong", or "error" if the two texts differ and cannot be read as mathematics."""
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError in a block that takes longer; without effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_):
+        raise TimeoutError
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        if verifier == "math-verify":
-            from math_verify import parse, verify as peer
-            return "correct" if peer(parse(f"${gold}$"), parse(f"${candidate}$")) else "wrong"
-        if len(candidate) > MAX_CHARS or len(gold) > MAX_CHARS:
-            return "correct" if candidate.strip() == gold.strip() else "wrong"
-        return "correct" if same(simplify(candidate), simplify(gold)) else "wrong"
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def judge(candidate, gold, verifier="own"):
+    """"correct", "wrong", or "error" if the texts differ and are not read as mathematics within
+    MAX_SECONDS."""
+    try:
+        with time_limit(MAX_SECONDS):
+            if verifier == "math-verify":
+                from math_verify import parse, verify as peer
+                return "correct" if peer(parse(f"${gold}$"), parse(f"${candidate}$")) else "wrong"
+            if len(candidate) > MAX_CHARS or len(gold) > MAX_CHARS:
+                return "correct" if candidate.strip() == gold.strip() else "wrong"
+            return "correct" if same(simplify(candidate), simplify(gold)) else "wrong"
     except ImportError:
         raise InputError("--verifier math-verify: not installed; pip install math-verify") from None
     except Exception:  # whatever a model wrote must not end the run: it is wrong, and counted apart

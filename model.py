@@ -71,7 +71,18 @@ class Config:
         sizes that are absurd or do not go together.
         """
         raw = read_json(path)
+        try:
+            return cls.parse(raw, path)
+        except KeyError as e:
+            raise InputError(f"{path}: {e.args[0]} is missing; "
+                             "give the config.json of a Llama or Qwen model") from None
+        except (AttributeError, TypeError, ValueError) as e:  # a word where a number belongs
+            raise InputError(f"{path}: not as a config.json is ({e}); "
+                             "download the file again") from None
 
+    @classmethod
+    def parse(cls, raw, path):
+        """The Config in a dict; `path` names it in errors."""
         def refuse(key, value, supported):
             raise InputError(f"{path}: {key} {value!r} is not supported; "
                              f"use a checkpoint with {supported}")
@@ -79,52 +90,47 @@ class Config:
         family = raw.get("model_type")
         if family not in ("llama", "qwen2", "qwen3"):
             refuse("model_type", family, "model_type llama, qwen2 or qwen3")
+        for key, largest in LARGEST.items():
+            derived = key in ("num_key_value_heads", "head_dim") and raw.get(key) is None
+            value = raw.get(key, 1)
+            if not derived and not (isinstance(value, int) and 1 <= value <= largest):
+                refuse(key, value, f"a whole number from 1 to {largest}")
         if quantised := raw.get("quantization_config"):
             refuse("quantization_config", quantised.get("quant_method"), "unquantised weights")
         if raw.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", raw["hidden_act"], "hidden_act silu")
-        full_layers, n_layers = raw.get("max_window_layers", 28), raw.get("num_hidden_layers", 0)
+        full_layers, n_layers = raw.get("max_window_layers", 28), raw["num_hidden_layers"]
         windowed = raw.get("use_sliding_window") and full_layers < n_layers
         if windowed or "sliding_attention" in (raw.get("layer_types") or []):
             refuse("use_sliding_window", True, "full attention in every layer")
 
-        for key, largest in LARGEST.items():
-            value = raw.get(key, 1)  # null: a default
-            if value is not None and not (isinstance(value, int) and 1 <= value <= largest):
-                refuse(key, value, f"a whole number from 1 to {largest}")
-
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            refuse("rope_scaling", rope, "an object there")
         rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | rope
         rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
         if rope["rope_type"] not in ROPE_TYPES:
             refuse("rope_type", rope["rope_type"], f"rope_type {', '.join(ROPE_TYPES)}")
-        for key in ("rope_theta", *ROPE_TYPES[rope["rope_type"]]):
-            if not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < math.inf:
-                refuse(key, rope.get(key), "a number above 0")
-        partial = raw.get("partial_rotary_factor")
-        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1:
+        numbers = rope | {"rms_norm_eps": raw.get("rms_norm_eps", 1e-6)}
+        for key in ("rms_norm_eps", "rope_theta", *ROPE_TYPES[rope["rope_type"]]):
+            if not 0 < numbers[key] < math.inf:
+                refuse(key, numbers[key], "a number above 0")
+        partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1))
+        if partial != 1:
             refuse("partial_rotary_factor", partial, "rotary embedding on whole heads")
 
-        try:
-            heads = raw["num_attention_heads"]
-            bias = bool(raw.get("attention_bias", False))
-            required = ("model_type", "vocab_size", "hidden_size", "intermediate_size",
-                        "num_hidden_layers", "num_attention_heads")
-            optional = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
-            config = cls(
-                **{key: raw[key] for key in required},
-                **{key: raw[key] for key in optional if key in raw},
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or (
-                    128 if family == "qwen3" else raw["hidden_size"] // heads),
-                qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
-                mlp_bias=family == "llama" and raw.get("mlp_bias", False),
-                qk_norm=family == "qwen3", rope=rope)
-        except KeyError as e:
-            raise InputError(f"{path}: {e.args[0]} is missing; "
-                             f"is this the config.json of a {family} model?") from None
+        heads = raw["num_attention_heads"]
+        bias = bool(raw.get("attention_bias", False))
+        required = ("model_type", "vocab_size", "hidden_size", "intermediate_size",
+                    "num_hidden_layers", "num_attention_heads")
+        optional = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+        config = cls(
+            **{key: raw[key] for key in required},
+            **{key: raw[key] for key in optional if key in raw},
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or (
+                128 if family == "qwen3" else raw["hidden_size"] // heads),
+            qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
+            mlp_bias=family == "llama" and raw.get("mlp_bias", False),
+            qk_norm=family == "qwen3", rope=rope)
         if config.head_dim < 2 or config.head_dim % 2:
             refuse("head_dim", config.head_dim, "an even one: rotary embedding turns pairs")
         if heads % config.num_key_value_heads:

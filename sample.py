@@ -3,6 +3,7 @@ Think in hard, soft or fuzzy tokens: one decoding loop with one switch.
 
     python sample.py --model out/soft/best --mode soft "3+4*2-5"
     python sample.py --model path/to/Llama-3.2-3B-Instruct --greedy --show 5 "What is 7 times 8?"
+    python sample.py --model out/soft/best --inspect thought.html "3+4*2-5"
 
 A row passes through four phases, one slot per step: it thinks (COT), is given the words that open
 the box (PREFILL), answers (ANSWER), and waits to be dropped (DONE). Every slot records who chose
@@ -13,7 +14,9 @@ D width.
 """
 import argparse
 import contextlib
+import copy
 import ctypes
+import html
 import math
 import sys
 import time
@@ -385,6 +388,96 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
 
 
 # --------------------------------------------------------------------------------------------------
+# The inspector: one thought as a page
+
+STYLE = """
+:root { color-scheme: light dark; --bar: #8ab4f888; font: 15px/1.4 system-ui, sans-serif }
+body { margin: 1.5rem } h1 { font-size: 1.2rem } code, b { font-family: ui-monospace, monospace }
+ol { display: flex; gap: .5rem; overflow-x: auto; padding: .5rem; list-style: none }
+li { flex: 0 0 12.5rem; border: 1px solid #8888; border-radius: .5rem; padding: .6rem }
+li:focus { outline: 3px solid #4c8bf5 } li.swap { border-color: #d9480f; border-width: 2px }
+li b { font-size: 1.3rem; white-space: pre } dt { opacity: .75; font-size: .85rem }
+dd { margin: 0 0 .5rem; overflow-wrap: anywhere } p span { display: block; white-space: pre;
+background: linear-gradient(var(--bar) 0 0) 0 / var(--w) no-repeat } p { margin: .4rem 0 }"""
+ARROWS = """onkeydown = e => { const to = { ArrowLeft: 'previousElementSibling',
+ArrowRight: 'nextElementSibling' }[e.key], li = document.activeElement.closest('li')
+if (to && li && li[to]) { e.preventDefault(); li[to].focus() } }"""
+
+
+@torch.no_grad()
+def continuations(model, prompt, inputs, n_new):
+    """Greedy continuations (C, A, n_new) of a thought whose step t is one of A alternatives.
+
+    prompt: ids; inputs (C, A, D): embeddings; inputs[:t, 0] is what was fed before step t.
+    """
+    C, A, _ = inputs.shape
+    _, cache = model.read([prompt])
+    first = torch.zeros(A, dtype=torch.long, device=inputs.device)
+    cache, forks = cache.branch(first[:1]), None
+    for step in inputs:
+        fork = copy.copy(cache)
+        fork.keep(first)
+        forks = forks or fork
+        if forks is not fork:
+            forks.join(fork)
+        model(step[None, :1], cache)
+    x, tokens = inputs.reshape(C * A, 1, -1), []
+    for _ in range(n_new):
+        tokens.append(model.logits(model(x, forks)[:, 0]).argmax(-1))
+        x = model.embed_tokens(tokens[-1])[:, None]
+    return torch.stack(tokens, -1).view(C, A, n_new)
+
+
+def inspect(path, model, tokenizer, question, out, probs, mode, top=6, n_new=24):
+    """Write a page about row 0 of a rollout: each step of its thought as a column.
+
+    probs (C, V): of each step at the thought's temperature. Out of reach of the network, in one
+    file; arrow keys walk from step to step.
+    """
+    C, E = int(out.cot_len[0]), model.embed_tokens.weight.float()
+    token = out.tokens[0, :C]
+    mean = model.soft_embedding(probs)  # (C, D)
+    fed = model.embed_tokens(token) if out.thoughts is None else out.thoughts[0, :C]
+    best = model.embed_tokens(probs.argmax(-1))
+    after = continuations(model, out.prompts[0], torch.stack((fed, best), 1), n_new).tolist()
+    moved = (fed.float() - mean).norm(dim=-1) / mean.norm(dim=-1)
+    near = F.normalize(fed.float(), dim=-1) @ F.normalize(E, dim=-1).T  # cosines, (C, V)
+
+    def text(ids):
+        raw = tokenizer.decode(ids, skip_special_tokens=False)
+        return html.escape(raw.replace(" ", "\u00b7").replace("\n", "\u23ce")) or "\u2205"
+
+    def bars(values):
+        heaviest = zip(*(x.tolist() for x in values.topk(min(top, len(values)))))
+        return "<p>" + "".join(
+            f'<span style="--w:{100 * max(v, 0):.1f}%">{v:6.3f} {text([i])}</span>'
+            for v, i in heaviest) + "</p>"
+    steps = []
+    for t, (as_fed, swapped) in enumerate(after):
+        same = as_fed == swapped
+        noise = "" if mode == "hard" else (
+            f"<dt>noise, of the mixture's length</dt><dd>{moved[t]:.2f}</dd>"
+            f"<dt>nearest to what was fed, cosine</dt><dd>{bars(near[t])}</dd>")
+        then = text(as_fed) if same else f"{text(as_fed)}<br>with its top token: {text(swapped)}"
+        steps.append(
+            f'<li tabindex="0" class="{"" if same else "swap"}">'
+            f"{t + 1} <b>{text([int(token[t])])}</b><dl>"
+            f"<dt>{'probabilities' if mode == 'hard' else 'weights'}</dt><dd>{bars(probs[t])}</dd>"
+            f"<dt>entropy, nats</dt><dd>{out.entropy[0, t]:.2f}</dd>{noise}"
+            f"<dt>greedy continuation{'' if same else ' <strong>changes</strong>'}</dt>"
+            f"<dd>{then}</dd></dl></li>")
+    title = f"A {mode} thought of {C} steps"
+    Path(path).write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f"<style>{STYLE}</style><h1>{title}</h1><p>{html.escape(question)}</p>"
+        f"<p>answer: <strong>{html.escape(str(out.answers[0]))}</strong>; in "
+        f"{sum(a != b for a, b in after)} steps, marked, the top token alone in place of what was "
+        f"fed would change the greedy continuation.</p><ol>{''.join(steps)}</ol>"
+        f"<script>{ARROWS}</script></html>\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
 # Loading, and the command line
 
 def keep_freed_memory():
@@ -487,24 +580,25 @@ def positive(kind, or_zero=False):
 
 
 def device(text):
-    """An argparse type: the name of a device that is there."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text}: {reason}; use cpu, or cuda with a GPU") from None
+    """An argparse type: the name of a device that this machine has."""
+    kind, _, index = text.partition(":")
+    n = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if int(index or 0) not in range(n.get(kind, 0)):
+        raise argparse.ArgumentTypeError(f"{text}: not on this machine; use cpu, or cuda with GPUs")
     return text
 
 
 def main(args):
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     model, tokenizer, notes = load(args.model, dtype, args.device, args.prompt_file)
-    stream, phases = DecodeStream(skip_special_tokens=False), []
+    stream, phases, mixtures = DecodeStream(skip_special_tokens=False), [], []
 
     def show(kind, token, probs):
         kind, token = kind[0].item(), token[0].item()
         if kind == NONE:
             return
+        if args.inspect and FORCED not in phases + [kind]:
+            mixtures.append(probs[0])
         phases.append(kind)
         if args.show and kind in (THOUGHT, TOKEN) and FORCED not in phases:
             weights, ids = probs[0].topk(min(args.show, probs.shape[-1]))
@@ -520,11 +614,16 @@ def main(args):
         greedy=args.greedy, temperature=args.temperature or notes["temperature"][args.mode],
         noise_std=(args.noise_scale or notes["noise_scale"]) * notes["embedding_rms"],
         cot_len=args.cot_len or notes["cot_len"], answer_len=args.answer_len or notes["answer_len"],
-        eos=notes["eos"], seed=(args.seed,), on_step=show)
+        eos=notes["eos"], seed=(args.seed,), on_step=show, store_thoughts=bool(args.inspect),
+        entropy_every=int(bool(args.inspect)))
     seconds, n = time.perf_counter() - start, int(out.length)
     cut = "   (the thought was cut at its budget)" if out.truncated[0] else ""
     print(f"\n\nanswer: {out.answers[0]}{cut}")
     print(f"{n} tokens, {n / seconds:.1f} tokens/s", file=sys.stderr)
+    if args.inspect:
+        inspect(args.inspect, model, tokenizer, args.question, out, torch.stack(mixtures),
+                args.mode)
+        print(f"written to {args.inspect}", file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -535,5 +634,6 @@ if __name__ == "__main__":
     parser.add_argument("--greedy", action="store_true", help="no noise, no sampling")
     parser.add_argument("--show", type=positive(int), metavar="K",
                         help="print the K heaviest tokens of each step")
+    parser.add_argument("--inspect", metavar="FILE.html", help="write the thought as a page")
     parser.add_common()
     parser.run(main)

@@ -28,6 +28,7 @@ import sys
 import time
 import zlib
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,12 @@ from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Roll
 # Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
     data="gsm8k", steps=4000, prompts=2, samples=32, cot_len=128, answer_len=32, lr=6e-6, warmup=20,
-    micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", input_noise=0.0)
+    micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", input_noise=0.0, clip=1.0)
 PAPER_SFT = PAPER | dict(steps=500, prompts=16, lr=1e-5)  # not in the paper: for small models
 TINY = dict(  # without
     data="arithmetic", steps=120, prompts=32, samples=16, cot_len=32, answer_len=4, lr=1e-4,
-    warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", input_noise=0.0)
+    warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", input_noise=0.0,
+    clip=1.0)
 TINY_SFT = TINY | dict(  # and its base
     steps=900, prompts=64, samples=1, lr=4e-3, warmup=50, eval_every=900, input_noise=0.7)
 TINY_CONFIG = dict(
@@ -71,9 +73,9 @@ CARELESS = 0.5  # how often the writers of the tiny base's texts take a sign for
 STATS = ("tokens", "reward", "correct", "unparsed", "truncated", "cot_len", "entropy", "eos")
 PLAN_PROMPT_LEN = 160  # tokens of a prompt that --plan reckons with
 ENTROPY_EVERY = 8  # slots between two measurements of the entropy: it costs a pass over V
-REWARD_SECONDS = 60  # that the reward of one answer may take
 MAX_SKIPPED = 5  # steps in a row whose gradient is not finite
-RESUME_WITH_OTHER = {  # flags that --resume may change: they move the result by rounding only
+RESUME_WITH_OTHER = {  # flags that --resume may change: but for a device of another kind, which
+    # draws other numbers, they move the result by rounding only
     "out", "device", "micro_batch", "shard_size", "activation_checkpointing", "keep", "max_drift",
     "log_grad_sources", "resume", "plan", "audit"}
 
@@ -86,20 +88,6 @@ def reward(answer, gold, verifier="own"):
     if answer is None:
         return 0.0
     return 100.0 if judge(answer, gold, verifier) == "correct" else 10.0
-
-
-@contextlib.contextmanager
-def time_limit(seconds):
-    """Raises TimeoutError if the block takes longer (in the main thread, between bytecodes)."""
-    def late(*_):
-        raise TimeoutError(f"not done after {seconds} s")
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def rloo(rewards):
@@ -164,20 +152,21 @@ def reference_rollout(problems, tokenizer, notes, device):
         cot_len=torch.zeros_like(length), truncated=length < 0, cots=[], answers=[])
 
 
-def noise_on_inputs(slots, model, scale, seed):
-    """Gaussian noise for what is fed in slots (b, N): (b, N, D) float32, of a random scale per row,
-    at most `scale` times the root mean square of the embeddings.
+def noise_on_inputs(lengths, rows, model, scale, seed):
+    """Gaussian noise for the embeddings fed in rows of so many slots: (b, N, D) float32, of a
+    random scale per row, at most `scale` times the root mean square of the embeddings.
 
     A small model that never met noise does not survive soft tokens; this is NEFTune (arXiv
-    2310.05914) with Gaussian noise.
+    2310.05914) with Gaussian noise. It depends on (seed, row) alone, not on ranks or micro-batches.
     """
-    key = np.random.SeedSequence(seed).generate_state(1)[0]
-    generator = torch.Generator(slots.device).manual_seed(int(key))
     rms = full(model.embed_tokens.weight.detach()).float().square().mean().sqrt()
-    scales = scale * torch.rand(len(slots), 1, 1, generator=generator, device=slots.device)
-    noise = torch.randn(*slots.shape, model.config.hidden_size, generator=generator,
-                        device=slots.device)
-    return scales * rms * noise
+    generator, noise = torch.Generator(rms.device), []
+    for row, length in zip(rows, lengths):
+        key = np.random.SeedSequence((*seed, row)).generate_state(1)[0]
+        options = dict(generator=generator.manual_seed(int(key)), device=rms.device)
+        row_scale = scale * rms * torch.rand(1, **options)
+        noise.append(row_scale * torch.randn(length, model.config.hidden_size, **options))
+    return pad_sequence(noise, batch_first=True)
 
 
 def learning_rate(step, args):
@@ -238,15 +227,15 @@ def tiny_base(args):
     """The directory of this seed's tiny base, which --mode sft of this file trains if need be."""
     folder = Path("out") / f"base-seed{args.seed}"
     made = folder / "best" / "args.json"
-    # one that was interrupted, or made with other settings, is made anew
-    if not (folder / "summary.json").exists() or not TINY_SFT.items() <= read_json(made).items():
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        main(Namespace(**{k: None for k in vars(args)} | {
-            "mode": "sft", "out": str(folder), "verifier": "own", "keep": 1,
-            **{k: getattr(args, k) for k in ("seed", "device", "clip")}}))
-        if not (folder / "summary.json").exists():
-            sys.exit(0)  # it was interrupted
+    fits = made.exists() and TINY_SFT.items() <= read_json(made).items()
+    ready = fits and (folder / "summary.json").exists()
+    fits, ready = over_ranks([fits, ready], args.device, "MAX").tolist()  # all look, then one acts
+    if not fits and (not dist.is_initialized() or dist.get_rank() == 0):
+        shutil.rmtree(folder, ignore_errors=True)  # made with other settings
+    if not ready and not main(Namespace(**{k: None for k in vars(args)} | {
+            "mode": "sft", "out": str(folder), "verifier": "own", "keep": 1, "resume": True,
+            "seed": args.seed, "device": args.device})):
+        sys.exit(0)  # interrupted
     return folder / "best"
 
 
@@ -255,7 +244,7 @@ def tiny_base(args):
 
 def join_ranks(args):
     """Join the process group that torchrun announces: (rank, world size), (0, 1) without it."""
-    if not dist.is_torchelastic_launched():
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return 0, 1
     if not dist.is_initialized():
         if args.device.startswith("cuda"):
@@ -264,7 +253,8 @@ def join_ranks(args):
                 raise InputError(f"--nproc_per_node: more than the {here} GPUs here; use {here}")
             args.device = f"cuda:{local}"
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo",
+                                timeout=timedelta(hours=1))  # one rank writes the checkpoints
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -320,22 +310,18 @@ def distribute(model, dtype, device, shard_size=None):
     return masters
 
 
-class gathered:
+@contextlib.contextmanager
+def gathered(model):
     """While this context is open, an FSDP model's parameters are whole on every rank, and a forward
     pass communicates nothing: ranks may take different numbers of steps."""
-
-    def __init__(self, model):
-        self.modules = [m for m in model.modules() if isinstance(m, FSDPModule)]  # the root first
-
-    def __enter__(self):
-        for m in self.modules:
-            m.set_reshard_after_forward(False, recurse=False)
-            m.unshard()
-
-    def __exit__(self, *_):
-        for i, m in enumerate(self.modules):
-            m.set_reshard_after_forward(i > 0, recurse=False)
-            m.reshard()
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]  # the root first
+    for m in modules:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    yield
+    for i, m in enumerate(modules):
+        m.set_reshard_after_forward(i > 0, recurse=False)
+        m.reshard()
 
 
 def peak_memory_gb(device):
@@ -356,13 +342,17 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def checksum(path):
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def manifest(path):
+    """{name: [size in bytes, SHA-256]} of the files below a directory."""
+    found = {}
+    for file in path.rglob("*"):
+        if file.is_file():
+            digest = hashlib.sha256()
+            with open(file, "rb") as f:
+                while block := f.read(1 << 20):
+                    digest.update(block)
+            found[str(file.relative_to(path))] = [file.stat().st_size, digest.hexdigest()]
+    return found
 
 
 def on_disk(path):
@@ -398,7 +388,7 @@ def save_checkpoint(path, model, masters, optimizer, state, source, notes, args,
         if rank == 0:
             for file in Path(source).iterdir():
                 if file.suffix in (".json", ".jinja", ".txt") and ".index." not in file.name:
-                    shutil.copy(file, new)
+                    shutil.copyfile(file, new / file.name)
             model.save_pretrained(new, tensors)
         moments = {moment: {name: optimizer.state[m][moment] for name, m in masters.items()
                             if m in optimizer.state} for moment in MOMENTS}
@@ -412,10 +402,8 @@ def save_checkpoint(path, model, masters, optimizer, state, source, notes, args,
         write_json(new / "args.json", vars(args))
         updates = next((int(s["step"]) for s in optimizer.state.values()), 0)
         write_json(training / "state.json", state | {"updates": updates})
-        files = [file for file in sorted(new.rglob("*")) if file.is_file()]
-        write_json(training / "manifest.json", {
-            str(file.relative_to(new)): [file.stat().st_size, checksum(file)] for file in files})
-        for file in (*files, training / "manifest.json", training, new):
+        write_json(training / "manifest.json", manifest(new))
+        for file in (*new.rglob("*"), new):
             on_disk(file)
     except BaseException:  # a full disk, say: give back what was taken
         shutil.rmtree(new, ignore_errors=True)
@@ -436,16 +424,15 @@ def point(link, path):
 
 
 def damaged_file(path):
-    """The first file of a checkpoint that is not as its manifest says, in size or checksum; None if
-    all are."""
-    file = path / "training" / "manifest.json"
+    """A file of a checkpoint that is not as the manifest says, or the manifest; None if all are."""
+    file, found = path / "training" / "manifest.json", manifest(path)
     try:
-        for name, (size, sha256) in read_json(file).items():
-            file = path / name
-            if file.stat().st_size != size or checksum(file) != sha256:
-                return file
-    except (InputError, OSError, TypeError, ValueError):  # what can be wrong with the manifest
+        expected = read_json(file)
+    except InputError:
         return file
+    if "training/state.json" not in expected:
+        return file
+    return next((path / name for name in expected if found.get(name) != expected[name]), None)
 
 
 def newest_checkpoint(out):
@@ -488,6 +475,7 @@ def open_log(path, step):
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     new = path.with_suffix(".new")
     new.write_text("".join(lines[:step]))
+    on_disk(new)
     new.replace(path)
     return open(path, "a")
 
@@ -555,14 +543,16 @@ def plan(args):
 
 def sample_rows(args, model, tokenizer, notes, problems, watch, seed, mode, rows=None):
     """A rollout of --samples rows for each problem, or of the given ones among these."""
-    return generate(
-        model, tokenizer, ask(notes, problems), args.samples, mode, answer_greedy=False,
-        temperature=notes["temperature"][mode],
-        noise_std=args.noise_scale * notes["embedding_rms"], cot_len=args.cot_len,
-        answer_len=args.answer_len, eos=notes["eos"], seed=seed, rows=rows, watch=watch,
-        store_thoughts=True, entropy_every=ENTROPY_EVERY)
+    with gathered(model):
+        return generate(
+            model, tokenizer, ask(notes, problems), args.samples, mode, answer_greedy=False,
+            temperature=notes["temperature"][mode],
+            noise_std=args.noise_scale * notes["embedding_rms"], cot_len=args.cot_len,
+            answer_len=args.answer_len, eos=notes["eos"], seed=seed, rows=rows, watch=watch,
+            store_thoughts=True, entropy_every=ENTROPY_EVERY)
 
 
+@torch.no_grad()
 def audit(args, model, tokenizer, notes, problems, watch):
     """Sample the problems in every mode, and print by how much the log-probs that training computes
     differ from those at sampling time, in nats, at micro-batch 1 and at --micro_batch."""
@@ -575,25 +565,27 @@ def audit(args, model, tokenizer, notes, problems, watch):
             args, model, tokenizer, notes, problems, watch, (args.seed, 0), mode)
         R, N = rollout.tokens.shape
         for size in (1, args.micro_batch):
-            delta = torch.full((R, N), math.nan, device=args.device)
+            delta, used = torch.zeros(R, N), torch.zeros(R, N, dtype=torch.bool)
             for rows in torch.arange(R, device=args.device).split(size):
                 one = torch.ones(len(rows), device=args.device)
-                _, off, used = score(model, rollout, rows, one, temperature,
-                                     args.noise_scale * notes["embedding_rms"])
-                delta[rows, :off.shape[1]] = off.abs().masked_fill(~used, math.nan)
-            known = delta[~delta.isnan()]
-            figures = {name: getattr(known, name)().item() for name in names}
+                _, off, counts = score(model, rollout, rows, one, temperature,
+                                       args.noise_scale * notes["embedding_rms"])
+                rows, width = rows.cpu(), off.shape[1]
+                delta[rows, :width], used[rows, :width] = (off.abs() * counts).cpu(), counts.cpu()
+            figures = {name: getattr(delta[used], name)().item() for name in names}
             print(f"{mode:16}{args.dtype:>10}{size:13}"
                   + "".join(f"{value:11.2g}" for value in figures.values()))
             report.append({"mode": mode, "dtype": args.dtype, "micro_batch": size} | figures | {
-                "mean_by_position": delta.nanmean(0).tolist(),
-                "max_by_position": delta.nan_to_num(0).amax(0).tolist()})
+                "rows_by_position": used.sum(0).tolist(),
+                "mean_by_position": (delta.sum(0) / used.sum(0).clamp(min=1)).tolist(),
+                "max_by_position": delta.amax(0).tolist()})
     Path(args.out).mkdir(parents=True, exist_ok=True)
     write_json(Path(args.out) / "audit.json", report)
     print(f"by position: {Path(args.out) / 'audit.json'}")
 
 
 def main(args):
+    """The whole run; returns whether it is complete."""
     # Configuration
     rank, world = join_ranks(args)
     say = tqdm.write if rank == 0 else lambda text: None
@@ -622,10 +614,9 @@ def main(args):
         return plan(args) if rank == 0 else None
     if args.audit and world > 1:
         raise InputError("--audit runs in one process; leave torchrun away")
-    if rank == 0 and not (args.resume or args.audit) and checkpoints(out) and not (
-            out / "summary.json").exists():
-        raise InputError(f"--out {out}: holds an unfinished run; add --resume to go on with it, "
-                         "give another --out, or delete it")
+    if rank == 0 and checkpoints(out) and not (args.resume or args.audit):
+        raise InputError(f"--out {out}: holds a run; add --resume to go on with it, give another "
+                         "--out, or delete it")
     if args.model is None and not sft:
         args.model = str(tiny_base(args))
     elif args.model is None:
@@ -634,13 +625,15 @@ def main(args):
             write_tiny_model(Path(args.model), args.seed)
         if world > 1:
             dist.barrier()
-    say(" ".join(f"--{k} {v}" for k, v in vars(args).items() if v not in (None, False)))
+    say(" ".join(f"--{k} {v}" for k, v in vars(args).items() if v is not None and v is not False))
 
     # Where to begin: at the model, or at the newest checkpoint
-    source = newest = newest_checkpoint(out) if rank == 0 and args.resume else None
-    first = over_ranks(int(newest.name[5:]) if newest else -1, args.device, "MAX").item()
+    newest = newest_checkpoint(out) if rank == 0 and args.resume else None
+    first = int(over_ranks(int(newest.name[5:]) if newest else -1, args.device, "MAX").item())
+    source = out / f"step-{first:06d}" if first >= 0 else Path(args.model)
     if first >= 0:
-        source = out / f"step-{int(first):06d}"
+        if not Path(args.model).is_dir():
+            raise InputError(f"--model {args.model}: no such directory; the tokenizer is there")
         for flag, value in read_json(source / "args.json").items():
             if flag not in RESUME_WITH_OTHER and getattr(args, flag, None) != value:
                 raise InputError(f"--{flag} {getattr(args, flag, None)}: the run in {out} has "
@@ -650,7 +643,6 @@ def main(args):
 
     # Model and data
     dtype = getattr(torch, args.dtype)
-    source = source or args.model
     model, tokenizer, notes = load(source, torch.float32, args.device, args.prompt_file)
     model.activation_checkpointing = args.activation_checkpointing
     watch = Watch.build(tokenizer, model.config.vocab_size, args.device)
@@ -658,8 +650,6 @@ def main(args):
     noise_std = args.noise_scale * notes["embedding_rms"]
     notes |= {k: getattr(args, k) for k in ("noise_scale", "cot_len", "answer_len")}
     notes["temperature"] = notes["temperature"] | ({} if sft else {args.mode: args.temperature})
-    if sft:
-        notes.pop("embedding_rms")  # RL that starts from here measures it anew
     if args.data == "arithmetic":
         rng = random.Random(args.seed)
         problems = ([written_problem(rng) for _ in range(20000)] if sft
@@ -682,8 +672,10 @@ def main(args):
         encode(tokenizer, worked, len(notes["eos"][:1]), model.config)
     if args.audit:
         return audit(args, model, tokenizer, notes, problems[:args.audit], watch)
+    if sft:
+        notes.pop("embedding_rms")  # RL that starts from here measures it anew
     same = zlib.crc32(json.dumps([problems, val, notes], sort_keys=True).encode())
-    if -over_ranks(-same, args.device, "MAX") != over_ranks(same, args.device, "MAX"):
+    if over_ranks([same, -same], args.device, "MAX").sum():
         raise InputError(f"--data {args.data}: not the same on all ranks; copy it to every node")
 
     optimizer = torch.optim.AdamW(
@@ -694,13 +686,8 @@ def main(args):
     if first >= 0:
         state = restore(source, masters, optimizer)
         if state["data"] != same:
-            raise InputError(f"--data {args.data}: not the data of the run in {out}; "
-                             "resume with that, or give another --out")
-        if not (out / state["best_step"]).exists():  # it gave way to one that is now damaged
-            state["best_step"] = source.name
-    elif rank == 0:
-        for old in checkpoints(out):  # of a run that was complete
-            shutil.rmtree(old)
+            raise InputError(f"--data {args.data}: the problems, or the prompt, are not those of "
+                             f"the run in {out}; resume with these, or give another --out")
     if rank == 0:
         (out / "summary.json").unlink(missing_ok=True)  # it says that a run is complete
         log = open_log(out / "log.jsonl", state["step"])
@@ -741,7 +728,8 @@ def main(args):
         try:
             save_checkpoint(path, model, masters, optimizer, state, args.model, notes, args, rank)
         except (OSError, SafetensorError) as e:
-            raise InputError(f"{path}: not written ({e}); make room there, then --resume") from None
+            raise InputError(f"{path}: not written ({e}); see that there is room, and --resume"
+                             ) from None
         if rank == 0:
             point(out / "best", out / state["best_step"])
             for old in checkpoints(out)[:-args.keep]:
@@ -753,6 +741,10 @@ def main(args):
         state["base"] = state["best"] = validate()
         state |= {"best_step": "step-000000", "skipped": 0}
         save()
+    elif not (out / state["best_step"]).exists():  # it gave way to a better one, which is damaged
+        state |= {"best": validate(), "best_step": source.name}
+    if rank == 0:
+        point(out / "best", out / state["best_step"])  # a kill may have come before this
     saved = state["step"]
     G, R = args.samples, args.prompts * args.samples
     shares = [range(R * k // world, R * (k + 1) // world) for k in range(world)]
@@ -766,20 +758,21 @@ def main(args):
         loss_sum, deltas = 0.0, [torch.zeros(0, device=args.device)]
         for i in range(n_micro):
             part = rows[i * args.micro_batch:(i + 1) * args.micro_batch]
-            local = torch.tensor(part or [mine.start], device=args.device) - mine.start
-            w = weight[part or [0]].float().to(args.device) * bool(part)
+            used = part or [mine.start]  # a rank that has no more rows takes part with weight 0
+            local = torch.tensor(used, device=args.device) - mine.start
+            w = weight[used].float().to(args.device) * bool(part)
             noise = None
             if args.input_noise:  # it grows in the second half of the steps: facts are learnt first
                 scale = args.input_noise * max(0.0, 2 * step / args.steps - 1)
-                slots = rollout.tokens[local, :int(rollout.length[local].max())]
-                noise = noise_on_inputs(slots, model, scale, (args.seed, step, rank, i)).to(dtype)
+                noise = noise_on_inputs(rollout.length[local].tolist(), used, model, scale,
+                                        (args.seed, step)).to(dtype)
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(i == n_micro - 1)
-            loss, delta, used = score(
+            loss, delta, counts = score(
                 model, rollout, local, w, args.temperature, noise_std, noise, source)
             (loss * world).backward()  # FSDP takes the mean over ranks
             loss_sum += loss.item()
-            deltas.append(delta[used].abs())
+            deltas.append(delta[counts].abs())
         return loss_sum, torch.cat(deltas)
 
     bar = tqdm(total=args.steps, initial=state["step"], disable=rank > 0, desc=args.mode)
@@ -794,13 +787,10 @@ def main(args):
                 [batch[row // G] for row in mine], tokenizer, notes, args.device)
             stats[mine.start:mine.stop, 0] = rollout.length.cpu()
         else:
-            with gathered(model):
-                rollout = sample_rows(args, model, tokenizer, notes, batch, watch,
-                                      (args.seed, step), args.mode, mine)
-            rewards = torch.zeros(len(mine))
-            for i, (row, answer) in enumerate(zip(mine, rollout.answers)):
-                with time_limit(REWARD_SECONDS):
-                    rewards[i] = reward(answer, batch[row // G]["answer"], args.verifier)
+            rollout = sample_rows(args, model, tokenizer, notes, batch, watch, (args.seed, step),
+                                  args.mode, mine)
+            rewards = torch.tensor([reward(answer, batch[row // G]["answer"], args.verifier)
+                                    for row, answer in zip(mine, rollout.answers)])
             slots = torch.arange(rollout.tokens.shape[1], device=args.device)
             in_cot = slots < rollout.cot_len[:, None]  # (r, N)
             eos = torch.isin(rollout.tokens, torch.tensor(notes["eos"], device=args.device).long())
@@ -836,7 +826,8 @@ def main(args):
             norms[f"grad_{part}"] = full(torch.nn.utils.get_total_norm(grads)).item()
             optimizer.zero_grad()
         loss, delta = backward(rollout, rows, n_micro, step, weight)
-        loss, n_delta, delta_sum = over_ranks([loss, len(delta), delta.sum()], args.device).tolist()
+        totals = [loss, len(delta), delta.sum().item()]
+        loss, n_delta, delta_sum = over_ranks(totals, args.device).tolist()
         delta_max = over_ranks(delta.max() if len(delta) else 0, args.device, "MAX").item()
 
         # 5. Update
@@ -877,9 +868,9 @@ def main(args):
         if state["skipped"] == MAX_SKIPPED:
             sys.exit(f"step {step}: the loss or its gradient was not finite {MAX_SKIPPED} times in "
                      f"a row; the last checkpoint is {checkpoints(out)[-1]}; lower --lr?")
-        if args.max_drift and delta_sum > args.max_drift * n_delta:
+        if args.max_drift and not delta_sum <= args.max_drift * n_delta:  # NaN stops it, too
             sys.exit(f"step {step}: --max_drift {args.max_drift}: log-probs at sampling and in "
-                     f"training differ by {line['delta_logp']:.3g} nats in the mean")
+                     f"training differ by {delta_sum / max(1, n_delta):.3g} nats in the mean")
 
         # 7. Evaluate and save
         state["step"] = step + 1
@@ -902,7 +893,7 @@ def main(args):
         log.close()
     if state["step"] < args.steps:
         say(f"Stopped at step {state['step']}; the same command with --resume goes on.")
-        return
+        return False
     if rank == 0:
         write_json(out / "summary.json", {
             "base": base, "final": best, "checkpoint": str(out / "best"), "steps": args.steps})
@@ -911,6 +902,7 @@ def main(args):
             f"on {len(val)} validation problems")
     say(f"The checkpoint is in {out / 'best'}. Next:\n"
         f"  python eval.py --model {out / 'best'} --data {args.data} --settings all")
+    return True
 
 
 if __name__ == "__main__":
@@ -924,7 +916,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=positive(int), help="samples per question (G)")
     parser.add_argument("--lr", type=positive(float), help="peak learning rate")
     parser.add_argument("--warmup", type=positive(int), help="steps of linear warm-up")
-    parser.add_argument("--clip", type=positive(float), default=1.0, help="global gradient norm")
+    parser.add_argument("--clip", type=positive(float), help="global gradient norm")
     parser.add_argument("--micro_batch", type=positive(int), help="rows per backward pass")
     parser.add_argument("--eval_every", type=positive(int), help="steps between validations")
     parser.add_argument("--val_size", type=positive(int), help="validation problems")

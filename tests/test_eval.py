@@ -329,3 +329,14 @@ def test_offline_machine_is_told_the_address_and_the_place(tmp_path, monkeypatch
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     with pytest.raises(InputError, match=r"data/gsm8k_test.jsonl: cannot download https://\S+/test.jsonl"):
         load_problems("gsm8k", "test")
+
+
+def test_answer_that_takes_too_long_to_judge_is_an_error(monkeypatch):
+    def hang(*_):
+        while True:
+            pass
+    monkeypatch.setattr(evaluation, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(evaluation, "same", hang)
+    assert judge("1", "2") == "error"
+    monkeypatch.undo()
+    assert judge("1", "1") == "correct"

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model import InputError, KVCache
 from sample import (ANSWER, COT, DONE, FORCED, FORCED_TEXTS, MODES, NONE, PREFILL, SETTINGS, STOP, THOUGHT, TOKEN, Watch,
-                    advance, generate, read_box, sample_tokens)
+                    advance, continuations, generate, read_box, sample_tokens)
 
 PROMPTS = ["User: 3+4*2 Assistant:", "User: 7-9 Assistant:", "User: 1*1*1*1 Assistant:"]
 SHORT = dict(cot_len=6, answer_len=3, eos=[1], noise_std=0.1)
@@ -264,3 +264,17 @@ def test_box_is_read_up_to_its_closing_brace(text, inside):
 
 def test_six_settings():
     assert SETTINGS == ["hard_greedy", "hard_sample", "soft_greedy", "soft_sample", "fuzzy_greedy", "fuzzy_sample"]
+
+
+def test_continuations_equal_greedy_decoding_of_each_alternative_alone(tiny):
+    model, prompt = tiny[0], [4, 9, 11, 5]
+    g = torch.Generator().manual_seed(0)
+    inputs = 0.3 * torch.randn(5, 2, model.config.hidden_size, generator=g)
+    found = continuations(model, prompt, inputs, 4)
+    for t in range(5):
+        for which in range(2):
+            x = torch.cat((model.embed_tokens(torch.tensor(prompt)), inputs[:t, 0], inputs[t, which][None]))[None]
+            for token in found[t, which].tolist():
+                with torch.no_grad():
+                    assert model.logits(model(x))[0, -1].argmax() == token
+                    x = torch.cat((x, model.embed_tokens(torch.tensor([[token]]))), 1)

@@ -211,8 +211,6 @@ def test_interrupt_and_termination_save_and_end(number, ranks, base, tmp_path):
     assert (run.returncode == 0) == (ranks == 1), output  # torchrun itself reports the signal
     assert f"step-{n_lines(tmp_path):06d}" == newest_checkpoint(tmp_path).name and "--resume" in output
     assert not (tmp_path / "summary.json").exists()
-    refused = script_inside("train.py", "--out", tmp_path, "--model", base, *flags)
-    assert refused.returncode == 2 and "--resume" in refused.stderr
 
 
 def test_second_interrupt_ends_at_once(base, tmp_path):
@@ -304,6 +302,44 @@ def test_sample_prints_thought_answer_and_the_heaviest_tokens(base):
     rows = [line for line in shown.stdout.splitlines() if "|" in line]
     weights = [[float(w) for w in re.findall(r" (\d\.\d{3})\b", row.split("|")[1])] for row in rows]
     assert shown.returncode == 0 and rows and all(len(w) == 3 and w == sorted(w, reverse=True) for w in weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inspector_writes_a_page_of_the_thought(mode, base, tmp_path):
+    page = tmp_path / "thought.html"
+    done = script_inside("sample.py", "--model", base, "--mode", mode, "--cot_len", 8, "--inspect", page, "3+4*<2>")
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    steps = text.split("<li ")[1:]
+    assert 1 <= len(steps) <= 8 and "3+4*&lt;2&gt;" in text and "://" not in text
+    answer = re.search(r"answer: (.*?)(   |$)", done.stdout, re.M)[1]
+    assert f"<strong>{answer}</strong>" in text
+    for step in steps:
+        weights = [float(w) for w in re.findall(r"%\"> *(\d\.\d{3}) ", step.split("</p>")[0])]
+        assert len(weights) == 6 and weights == sorted(weights, reverse=True) and sum(weights) <= 1.01
+        assert ("noise, of the mixture" in step) == (mode != "hard")
+    changed = text.count('class="swap"')
+    assert f"in {changed} steps, marked" in text and text.count("with its top token") == changed
+
+
+def test_inspector_page_works_in_a_browser(base, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("no headless browser here: apt-get install chromium")
+    page = tmp_path / "thought.html"
+    script_inside("sample.py", "--model", base, "--cot_len", 8, "--inspect", page, "3+4*2")
+    n_steps = page.read_text().count("<li ")
+    probe = """<script>const all = [...document.querySelectorAll('li')]; all[0].focus()
+        for (const key of ['ArrowRight', 'ArrowRight', 'ArrowLeft'])
+            document.activeElement.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }))
+        const bar = document.querySelector('p span'), box = document.querySelector('ol').getBoundingClientRect()
+        document.title = [all.length, all.indexOf(document.activeElement), getComputedStyle(bar).backgroundSize != 'auto',
+                          box.width <= innerWidth].join()</script>"""
+    page.write_text(page.read_text().replace("</html>", probe + "</html>"))
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom",
+                           "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                           f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()], text=True, capture_output=True, timeout=60)
+    assert f"<title>{n_steps},1,true,true</title>" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_eval_writes_results_continues_an_interrupted_run_and_compares(base, tmp_path):
@@ -452,7 +488,11 @@ CONFIGS = {  # of the tiny model, with one thing changed; what the error names
     "another vocabulary than the weights": ({"vocab_size": 3}, "embed_tokens"),
     "unknown rope": ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
     "rope without its factor": ({"rope_parameters": {"rope_type": "llama3"}}, "factor"),
-    "rope that is a word": ({"rope_parameters": "llama3"}, "rope"),
+    "rope that is a word": ({"rope_parameters": "llama3"}, "config.json"),
+    "no vocabulary size": ({"vocab_size": None}, "vocab_size"),
+    "norm without epsilon": ({"rms_norm_eps": 0}, "rms_norm_eps"),
+    "quantised in a word": ({"quantization_config": "int4"}, "config.json"),
+    "window in a word": ({"use_sliding_window": True, "max_window_layers": "two"}, "config.json"),
     "negative rope base": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta"),
 }
 
@@ -558,10 +598,16 @@ def test_resuming_with_other_flags_or_data_is_refused(base, tmp_path):
     flags = ["--model", base, "--out", tmp_path / "run", "--resume"]
     done = script_inside("train.py", *flags, *TOY)
     assert done.returncode == 0 and "nothing to resume" in done.stdout, done.stderr
-    assert script_inside("train.py", *flags, *TOY).returncode == 0  # complete: nothing is left to do
+    (tmp_path / "run" / "best").unlink()  # a kill came between the last checkpoint and this link
+    assert script_inside("train.py", *flags, *TOY).returncode == 0  # complete: nothing else is left to do
+    assert (tmp_path / "run" / "best" / "config.json").exists()
+    assert_one_line(script_inside("train.py", *flags[:-1], *TOY), "holds a run")
     assert_one_line(script_inside("train.py", *flags, *toy(lr=2e-3)), "--lr 0.002")
-    (tmp_path / "prompt.txt").write_text("{question}")
-    assert_one_line(script_inside("train.py", *flags, *TOY, "--prompt_file", tmp_path / "prompt.txt"), "--prompt_file")
+    shutil.copytree(base, tmp_path / "base")
+    flags = ["--model", tmp_path / "base", "--out", tmp_path / "moved", "--resume"]
+    assert script_inside("train.py", *flags, *TOY).returncode == 0
+    shutil.rmtree(tmp_path / "base")
+    assert_one_line(script_inside("train.py", *flags, *TOY), "--model")
 
 
 def test_mistake_in_a_fresh_process_has_no_traceback(tmp_path):
@@ -580,3 +626,10 @@ def test_nothing_is_unpickled_evaluated_or_run_in_a_shell():
         text = (ROOT / file).read_text()
         found = re.search(r"pickle|torch\.load|(?<![.\w])(eval|exec|compile)\(|subprocess|os\.system|http://", text)
         assert not found, (file, found)
+
+
+def test_line_references_of_the_readme_are_true():
+    references = re.findall(r"`(\w+\.py):(\d+)` `(.+?)`", (ROOT / "README.md").read_text())
+    assert len(references) > 15
+    for file, line, code in references:
+        assert (ROOT / file).read_text().splitlines()[int(line) - 1].strip().startswith(code), (file, line, code)

@@ -13,8 +13,8 @@ from conftest import random_model
 from eval import load_problems
 from model import InputError
 from sample import MODES, NONE, generate, load
-from train import (MOMENTS, PLAN_PROMPT_LEN, checkpoints, distribute, learning_rate, memory, newest_checkpoint, pack,
-                   point, questions_of_step, reference_rollout, restore, reward, rloo, save_checkpoint, score, time_limit,
+from train import (MOMENTS, PLAN_PROMPT_LEN, checkpoints, distribute, learning_rate, memory, newest_checkpoint, noise_on_inputs, pack,
+                   point, questions_of_step, reference_rollout, restore, reward, rloo, save_checkpoint, score,
                    written_problem)
 
 PROMPTS = ["User: 3+4*2 Assistant:", "User: 7-9 Assistant:"]
@@ -352,12 +352,14 @@ def test_link_to_the_best_is_replaced(tmp_path):
     assert (tmp_path / "best").resolve().name == "step-000001" and not (tmp_path / "best.new").is_symlink()
 
 
-def test_time_limit_ends_a_reward_that_hangs():
-    with time_limit(5):
-        pass
-    with pytest.raises(TimeoutError), time_limit(0.05):
-        while True:
-            pass
+def test_noise_on_inputs_belongs_to_the_row(tiny):
+    model = tiny[0]
+    whole = noise_on_inputs([5, 9, 7], [0, 1, 2], model, 0.7, (3, 4))
+    assert torch.equal(noise_on_inputs([9], [1], model, 0.7, (3, 4))[0], whole[1]) and not whole[0, 5:].any()
+    assert not torch.equal(noise_on_inputs([9], [1], model, 0.7, (3, 5))[0], whole[1])
+    rms = model.embed_tokens.weight.detach().square().mean().sqrt()
+    many = noise_on_inputs([50] * 400, range(400), model, 0.7, (0, 0)).square().mean((1, 2)).sqrt() / rms
+    assert many.max() < 0.75 and many.min() < 0.05 and many.mean() == pytest.approx(0.35, abs=0.04)
 
 
 # Where the gradient comes from, and what is kept for it
