@@ -17,6 +17,7 @@ import contextlib
 import copy
 import ctypes
 import html
+import itertools
 import math
 import sys
 import time
@@ -428,7 +429,7 @@ def continuations(model, prompt, inputs, n_new):
     return torch.stack(tokens, -1).view(C, A, n_new)
 
 
-def inspect(path, model, tokenizer, question, out, probs, mode, top=6, n_new=24):
+def inspect(path, model, tokenizer, question, out, probs, mode, eos, top=6, n_new=24):
     """Write a page about row 0 of a rollout: each step of its thought as a column.
 
     probs (C, V): of each step at the thought's temperature. Out of reach of the network, in one
@@ -453,7 +454,8 @@ def inspect(path, model, tokenizer, question, out, probs, mode, top=6, n_new=24)
             f'<span style="--w:{100 * max(v, 0):.1f}%">{v:6.3f} {text([i])}</span>'
             for v, i in heaviest) + "</p>"
     steps = []
-    for t, (as_fed, swapped) in enumerate(after):
+    for t, both in enumerate(after):
+        as_fed, swapped = (list(itertools.takewhile(lambda i: i not in eos, ids)) for ids in both)
         same = as_fed == swapped
         noise = "" if mode == "hard" else (
             f"<dt>noise, of the mixture's length</dt><dd>{moved[t]:.2f}</dd>"
@@ -466,13 +468,14 @@ def inspect(path, model, tokenizer, question, out, probs, mode, top=6, n_new=24)
             f"<dt>entropy, nats</dt><dd>{out.entropy[0, t]:.2f}</dd>{noise}"
             f"<dt>greedy continuation{'' if same else ' <strong>changes</strong>'}</dt>"
             f"<dd>{then}</dd></dl></li>")
+    n_swaps = sum('class="swap"' in step for step in steps)
     title = f"A {mode} thought of {C} steps"
     Path(path).write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width">'
         f"<style>{STYLE}</style><h1>{title}</h1><p>{html.escape(question)}</p>"
         f"<p>answer: <strong>{html.escape(str(out.answers[0]))}</strong>; in "
-        f"{sum(a != b for a, b in after)} steps, marked, the top token alone in place of what was "
+        f"{n_swaps} steps, marked, the top token alone in place of what was "
         f"fed would change the greedy continuation.</p><ol>{''.join(steps)}</ol>"
         f"<script>{ARROWS}</script></html>\n", encoding="utf-8")
 
@@ -622,7 +625,7 @@ def main(args):
     print(f"{n} tokens, {n / seconds:.1f} tokens/s", file=sys.stderr)
     if args.inspect:
         inspect(args.inspect, model, tokenizer, args.question, out, torch.stack(mixtures),
-                args.mode)
+                args.mode, notes["eos"])
         print(f"written to {args.inspect}", file=sys.stderr)
 
 
