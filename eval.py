@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import InputError, WeightedLogProb, read_json
-from sample import SETTINGS, STOP, Parser, Watch, generate, load, positive
+from sample import SETTINGS, STOP, Parser, Watch, generate, load, noise_std_of, positive
 
 # --------------------------------------------------------------------------------------------------
 # Tasks
@@ -622,7 +622,7 @@ def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len
              entropy_every=0, done=(), record=None, progress=False):
     """Measure one of the six SETTINGS; a greedy one takes one sample per problem in any case.
 
-    notes   gives the prompt and the end tokens; other arguments are those of sample.generate
+    notes   gives the prompt, the end tokens and the noise's place; the others are generate's
     batch   rows alive at a time: as one finishes, another problem's enters
     done    samples of an interrupted run of the same setting, which are not drawn again
     record  called with each new sample, a dict, as it finishes
@@ -654,7 +654,8 @@ def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len
             model, tokenizer, prompts, n, mode, greedy=how == "greedy",
             temperature=temperature, noise_std=noise_std, cot_len=cot_len,
             answer_len=answer_len, eos=notes["eos"], seed=(seed,), rows=rows, batch=batch,
-            watch=watch, entropy_every=entropy_every, on_finish=on_finish)
+            noise_at=notes["noise_at"], noise_top_k=notes["noise_top_k"], watch=watch,
+            entropy_every=entropy_every, on_finish=on_finish)
     bar.close()
     samples = [samples[key] for key in sorted(samples)]
     return summarize(samples), samples
@@ -984,7 +985,7 @@ def main(args):
                 cot_len=args.cot_len or notes["cot_len"],
                 answer_len=args.answer_len or notes["answer_len"],
                 temperature=args.temperature or notes["temperature"][setting.split("_")[0]],
-                noise_std=(args.noise_scale or notes["noise_scale"]) * notes["embedding_rms"],
+                noise_std=noise_std_of(notes, args.noise_scale),
                 seed=args.seed, verifier=args.verifier, watch=watch, entropy_every=1, done=done,
                 record=record.writer(task=task), progress=True)
             groups[task, setting] = samples

@@ -566,14 +566,35 @@ class Transformer(nn.Module):
         embed = self.embed_tokens.weight
         return (probs.to(embed.dtype) @ embed).float()
 
+    def thought_mean(self, hidden, noise_at, support=None):
+        """What noise is added to where it is not p E: the hidden state, or the logits of `support`
+        (..., k) int64, the tokens that take part; None: of all. (..., D or k or V) float32."""
+        if noise_at == "hidden":
+            return hidden.float()
+        if support is None:
+            return self.logits(hidden)
+        return (self.lm_head.weight[support] @ hidden[..., None])[..., 0].float()
+
+    def thought_input(self, action, noise_at, support, temperature):
+        """The embedding that a noisy action feeds, (..., D): itself, or the mixture that follows
+        from a noisy hidden state or from noisy logits, the other tokens' being -inf."""
+        if noise_at == "embedding":
+            return action
+        logits = self.logits(action) if noise_at == "hidden" else action
+        probs, embed = (logits / temperature).softmax(-1), self.embed_tokens.weight
+        if support is None:
+            return self.soft_embedding(probs).to(embed.dtype)
+        return (probs[..., None, :].to(embed.dtype) @ embed[support])[..., 0, :]
+
     def log_prob(self, prompts, of_row, tokens, thoughts, is_thought, weight, temperature,
-                 noise_std, input_noise=None, through=None):
+                 noise_std, input_noise=None, through=None, noise_at="embedding", support=None):
         """Log-probs of recorded actions, and the weighted sum that policy gradient differentiates.
 
         prompts     Q lists of ids; each is run once for all the rows that continue it
         of_row      (B,) int64: the prompt of each row
         tokens      (B, N) int64: what follows the prompt, padded at the right with anything
-        thoughts    (B, N, D) the noisy embeddings that were fed, read where is_thought; or None
+        thoughts    (B, N, D) the noisy embeddings that were fed, read where is_thought; or None;
+                    with noise_at "hidden" or "logits" instead the noisy states or logits (B, N, k)
         is_thought  (B, N) bool: where the action is a noisy embedding and not a token
         weight      (B, N) float32: d loss / d log pi of each action; 0 where nothing was chosen
         temperature of the thoughts or, in hard mode, of the CoT tokens: float, or (B, N) float32
@@ -581,14 +602,17 @@ class Transformer(nn.Module):
         input_noise (B, N, D) added to the embeddings fed (noisy supervised training), or None
         through     "logits" or "embedding": of each thought's gradient only the part that comes
                     through p, or the part that comes from E in p E; None: their sum
+        noise_at    "embedding", "hidden" or "logits"; support (B, N, k): see thought_mean
         returns     loss = sum(weight * logp), a scalar with gradients; and logp (B, N) float32
                     without them, 0 where weight is 0
         """
         last, cache = Transformer.read(self, prompts)  # FSDP wraps methods called from outside
         cache = cache.branch(of_row)
         x = self.embed_tokens(tokens)
-        if thoughts is not None:  # stored inputs are constants: no backprop through time (eq. 10)
-            x = torch.where(is_thought[..., None], thoughts.detach(), x)
+        if thoughts is not None:  # stored actions are constants: no backprop through time (eq. 10)
+            tau = temperature[..., None] if torch.is_tensor(temperature) else temperature
+            fed = self.thought_input(thoughts.detach(), noise_at, support, tau)
+            x = torch.where(is_thought[..., None], fed, x)
         if input_noise is not None:
             x = x + input_noise
         inner = Transformer.forward(self, x[:, :-1], cache)
@@ -600,6 +624,12 @@ class Transformer(nn.Module):
             if thought and thoughts is None:
                 continue
             action = thoughts[chosen] if thought else tokens[chosen]
+            if thought and noise_at != "embedding":
+                ids = None if support is None else support[chosen]
+                mean = self.thought_mean(hidden[chosen], noise_at, ids)
+                density = log_density(action.float(), mean, noise_std).to(logp.dtype)
+                loss, logp[chosen] = loss + (weight[chosen] * density).sum(), density.detach()
+                continue
             tau = temperature[chosen] if torch.is_tensor(temperature) else temperature
             h, lm_head, embed = hidden[chosen], self.lm_head.weight, self.embed_tokens.weight
             if through == "logits":

@@ -40,6 +40,7 @@ PROMPT = (
     "reasoning] The final answer is: \\boxed{[answer]}.' User: {question} Assistant:")
 STOP = "The final answer is:"
 FORCED_TEXTS = (" \\boxed{", f" {STOP} \\boxed{{")  # after an early stop; at the end of the budget
+PLACEMENTS = ("embedding", "hidden", "logits")  # where a thought's noise is added
 MODES = {"hard": 1.0, "soft": 0.5, "fuzzy": 1e-4}  # temperature of the chain of thought (eq. 3)
 NOISE_SCALE = 0.33  # sigma over the root mean square of the embedding table (eq. 6)
 SETTINGS = [f"{mode}_{how}" for mode in MODES for how in ("greedy", "sample")]
@@ -143,10 +144,13 @@ class Rollout:
     kind: torch.Tensor        # (R, N) uint8: NONE, TOKEN, THOUGHT or FORCED
     logp: torch.Tensor        # (R, N) float32, nats: of the action when it was drawn; 0 if none was
     entropy: torch.Tensor     # (R, N) float32, nats: of softmax(logits); nan where not measured
-    thoughts: torch.Tensor    # (R, C, D): noisy embeddings as fed, in the model's dtype, or None
+    thoughts: torch.Tensor    # (R, C, D): noisy embeddings as fed, in the model's dtype, or None;
+    #                         # with the noise elsewhere, the noisy states or logits (R, C, k)
+    support: torch.Tensor     # (R, C, k) int64: the tokens of these logits, or None if they are all
     cot_len: torch.Tensor     # (R,) int64: slots of the chain of thought
     length: torch.Tensor      # (R,) int64: slots in use
     truncated: torch.Tensor   # (R,) bool: the budget ended the thought, not STOP
+    noise_at: str             # one of PLACEMENTS
     cots: list                # R strings: the thought as text
     answers: list             # R strings: what stands in the box; None if it was never closed
 
@@ -186,16 +190,20 @@ def sample_tokens(probs, uniform):
 
 
 def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, tau, noise_std,
-           measure=False):
+           noise_at, noise_top_k, measure=False):
     """Pick what stands in the next slot of every live row.
 
     live     {"hidden": (B, D), "phase": (B,), "which": (B,), "cursor": (B,), ...}
-    uniform  (B,) and normal (B, D): this step's randomness
+    uniform  (B,) and normal (B, width of the noise): this step's randomness
     Returns the slot's token (B,), its input embedding (B, D), its log-prob (B,), probs (B, V) at
-    the row's temperature and, to measure, the entropy (B,) at temperature 1, else nan.
+    the row's temperature, the action and its support if it is a thought, and, to measure, the
+    entropy (B,) at temperature 1, else nan.
     """
     in_cot, in_prefill = live["phase"] == COT, live["phase"] == PREFILL
     logits = model.logits(live["hidden"])
+    action = support = None
+    if noise_top_k:
+        support = logits.topk(noise_top_k).indices
     entropy = math.nan
     if measure:
         entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
@@ -211,14 +219,16 @@ def choose(model, live, forced, uniform, normal, mode, greedy, answer_greedy, ta
     x = model.embed_tokens(token)  # eq. 4
 
     if mode != "hard":
-        mean = model.soft_embedding(probs)  # eq. 5
-        thought = (mean if greedy else mean + noise_std * normal).to(x.dtype)  # eq. 6
+        mean = (model.soft_embedding(probs) if noise_at == "embedding"  # eq. 5
+                else model.thought_mean(live["hidden"], noise_at, support))
+        action = (mean if greedy else mean + noise_std * normal).to(x.dtype)  # eq. 6
         # the action is what is fed, after the cast; without noise there is no action
         density = (torch.zeros_like(logp) if greedy
-                   else log_density(thought.float(), mean, noise_std))
+                   else log_density(action.float(), mean, noise_std))
         logp = torch.where(in_cot, density, logp)
+        thought = model.thought_input(action, noise_at, support, tau)
         x = torch.where(in_cot[:, None], thought, x)
-    return token, x, logp.masked_fill(in_prefill, 0), probs, entropy
+    return token, x, logp.masked_fill(in_prefill, 0), probs, action, support, entropy
 
 
 def advance(live, token, watch, forced_len, cot_len, answer_len, eos):
@@ -268,7 +278,7 @@ def count_slots(kind):
 def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer_greedy=True,
              temperature=None, noise_std=None, cot_len=512, answer_len=32, eos=(), seed=(0,),
              rows=None, batch=None, watch=None, store_thoughts=False, entropy_every=0,
-             on_step=None, on_finish=None):
+             noise_at="embedding", noise_top_k=0, on_step=None, on_finish=None):
     """Think and answer: n_samples rows for each prompt.
 
     prompts        Q strings
@@ -276,6 +286,7 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
     answer_greedy  False in training, where answers are samples at temperature 1 (eq. 8)
     temperature    of the thought, > 0; default MODES[mode]
     noise_std      sigma of eq. 6 per coordinate; soft and fuzzy need it unless greedy
+    noise_at       one of PLACEMENTS; noise_top_k: with "logits", how many take part, 0 for all
     cot_len, answer_len  budgets in tokens; eos: ids that end an answer, never a thought
     seed           ints; rows: ascending, which of the Q n_samples rows (row = prompt n_samples +
                    sample), default all
@@ -306,10 +317,14 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
     kinds = torch.zeros(R, N + 1, dtype=torch.uint8, device=device)
     logps = torch.zeros(R, N + 1, device=device)
     entropy = torch.full((R, N + 1), math.nan, device=device)
-    thoughts = None
+    thoughts = support = None
+    if noise_at == "logits":
+        width = noise_top_k or model.config.vocab_size
     if store_thoughts and mode != "hard":
         thoughts = torch.zeros(R, cot_len + 1, width, dtype=model.embed_tokens.weight.dtype,
                                device=device)
+        if noise_top_k:
+            support = torch.zeros(thoughts.shape, dtype=torch.long, device=device)
 
     def describe(which):
         """Finished rows as dicts of plain values."""
@@ -363,13 +378,17 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
         uniform, normal = (r[mine] for r in draw(seed, number, n_samples, noise_width, device))
         for i in range(ROUND):
             kind = kind_of_phase[live["phase"]]
-            token, x, logp, probs, h = choose(
+            token, x, logp, probs, action, among, h = choose(
                 model, live, forced, uniform[:, i], normal[:, i], mode, greedy, answer_greedy,
-                temperature, noise_std, entropy_every and i % entropy_every == 0)
+                temperature, noise_std, noise_at, noise_top_k,
+                entropy_every and i % entropy_every == 0)
             slot = live["place"], torch.where(kind == NONE, N, live["age"])
             tokens[slot], kinds[slot], logps[slot] = token, kind, logp
             if thoughts is not None:
-                thoughts[live["place"], torch.where(kind == THOUGHT, live["age"], cot_len)] = x
+                slot = live["place"], torch.where(kind == THOUGHT, live["age"], cot_len)
+                thoughts[slot] = action
+                if support is not None:
+                    support[slot] = among
             entropy[slot] = h
             if on_step:
                 on_step(kind, token, probs)
@@ -383,8 +402,9 @@ def generate(model, tokenizer, prompts, n_samples, mode, *, greedy=False, answer
     return Rollout(
         prompts=prompt_ids, of_row=torch.tensor(rows, device=device) // n_samples,
         tokens=tokens[:, :N], kind=kind, logp=logps[:, :N], entropy=entropy[:, :N],
-        thoughts=None if thoughts is None else thoughts[:, :cot_len], cot_len=n_cot,
-        length=(kind != NONE).sum(1), truncated=n_forced == forced_len[1],
+        thoughts=None if thoughts is None else thoughts[:, :cot_len],
+        support=None if support is None else support[:, :cot_len], cot_len=n_cot,
+        length=(kind != NONE).sum(1), truncated=n_forced == forced_len[1], noise_at=noise_at,
         cots=[d["thought"] for d in described], answers=[d["answer"] for d in described])
 
 
@@ -429,7 +449,7 @@ def continuations(model, prompt, inputs, n_new):
     return torch.stack(tokens, -1).view(C, A, n_new)
 
 
-def inspect(path, model, tokenizer, question, out, probs, mode, eos, top=6, n_new=24):
+def inspect(path, model, tokenizer, question, out, probs, mode, tau, eos, top=6, n_new=24):
     """Write a page about row 0 of a rollout: each step of its thought as a column.
 
     probs (C, V): of each step at the thought's temperature. Out of reach of the network, in one
@@ -438,7 +458,10 @@ def inspect(path, model, tokenizer, question, out, probs, mode, eos, top=6, n_ne
     C, E = int(out.cot_len[0]), model.embed_tokens.weight.float()
     token = out.tokens[0, :C]
     mean = model.soft_embedding(probs)  # (C, D)
-    fed = model.embed_tokens(token) if out.thoughts is None else out.thoughts[0, :C]
+    fed = model.embed_tokens(token)
+    if out.thoughts is not None:
+        support = None if out.support is None else out.support[0, :C]
+        fed = model.thought_input(out.thoughts[0, :C], out.noise_at, support, tau)
     best = model.embed_tokens(probs.argmax(-1))
     after = continuations(model, out.prompts[0], torch.stack((fed, best), 1), n_new).tolist()
     moved = (fed.float() - mean).norm(dim=-1) / mean.norm(dim=-1)
@@ -495,8 +518,9 @@ def load(path, dtype=torch.float32, device="cpu", prompt_file=None):
     """A checkpoint directory as (model, tokenizer, notes).
 
     notes: what train.py left in soft_tokens.json, completed for a model that it never saw:
-    "prompt" with {question}; "temperature" by mode; "noise_scale"; "cot_len", "answer_len";
-    "embedding_rms" of the base model's E; and "eos", the end-of-sequence ids.
+    "prompt" with {question}; "temperature" by mode; "noise_scale", "noise_at", "noise_top_k";
+    "cot_len", "answer_len"; "rms" by PLACEMENTS, of what noise is added to, in the base model; and
+    "eos", the end-of-sequence ids.
     """
     path = Path(path)
     if device == "cpu":
@@ -512,15 +536,23 @@ def load(path, dtype=torch.float32, device="cpu", prompt_file=None):
         raise InputError(f"{file}: {n} tokens, but config.json has vocab_size {vocab_size}; "
                          "use the tokenizer that belongs to the model")
     notes = {"prompt": PROMPT, "temperature": MODES, "noise_scale": NOISE_SCALE, "cot_len": 512,
-             "answer_len": 32}
+             "answer_len": 32, "noise_at": "embedding", "noise_top_k": 0}
     if (path / "soft_tokens.json").exists():
         notes |= read_json(path / "soft_tokens.json")
     if prompt_file:
         notes["prompt"] = read_prompt(prompt_file)
-    if "embedding_rms" not in notes:  # over real vocabulary rows: padding would make it smaller
-        table = model.embed_tokens.weight[:n].detach()
-        notes["embedding_rms"] = table.float().square().mean().sqrt().item()
+    if "rms" not in notes:  # over real vocabulary rows: padding would make it smaller
+        table, head, hidden = (
+            w.detach().float().square().mean().sqrt().item()
+            for w in (model.embed_tokens.weight[:n], model.lm_head.weight[:n], model.norm.weight))
+        notes["rms"] = {"embedding": table, "hidden": hidden,  # of states in any direction
+                        "logits": hidden * head * math.sqrt(model.config.hidden_size)}
     return model, tokenizer, notes | {"eos": eos_token_ids(path)}
+
+
+def noise_std_of(notes, noise_scale=None):
+    """sigma of eq. 6."""
+    return (noise_scale or notes["noise_scale"]) * notes["rms"][notes["noise_at"]]
 
 
 def read_prompt(path):
@@ -611,11 +643,12 @@ def main(args):
         else:
             print(stream.step(tokenizer, token) or "", end="", flush=True)
 
-    start = time.perf_counter()
+    start, tau = time.perf_counter(), args.temperature or notes["temperature"][args.mode]
     out = generate(
         model, tokenizer, [notes["prompt"].replace("{question}", args.question)], 1, args.mode,
-        greedy=args.greedy, temperature=args.temperature or notes["temperature"][args.mode],
-        noise_std=(args.noise_scale or notes["noise_scale"]) * notes["embedding_rms"],
+        greedy=args.greedy, temperature=tau,
+        noise_std=noise_std_of(notes, args.noise_scale), noise_at=notes["noise_at"],
+        noise_top_k=notes["noise_top_k"],
         cot_len=args.cot_len or notes["cot_len"], answer_len=args.answer_len or notes["answer_len"],
         eos=notes["eos"], seed=(args.seed,), on_step=show, store_thoughts=bool(args.inspect),
         entropy_every=int(bool(args.inspect)))
@@ -625,7 +658,7 @@ def main(args):
     print(f"{n} tokens, {n / seconds:.1f} tokens/s", file=sys.stderr)
     if args.inspect:
         inspect(args.inspect, model, tokenizer, args.question, out, torch.stack(mixtures),
-                args.mode, notes["eos"])
+                args.mode, tau, notes["eos"])
         print(f"written to {args.inspect}", file=sys.stderr)
 
 

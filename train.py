@@ -48,8 +48,8 @@ from tqdm import tqdm
 from eval import (TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, evaluate, judge,
                   load_problems, worked_text)
 from model import Config, InputError, Transformer, WeightedLogProb, read_json
-from sample import (MODES, NOISE_SCALE, NONE, STOP, THOUGHT, TOKEN, Parser, Rollout, Watch,
-                    encode, forced_tokens, generate, load, positive)
+from sample import (MODES, NOISE_SCALE, NONE, PLACEMENTS, STOP, THOUGHT, TOKEN, Parser, Rollout,
+                    Watch, encode, forced_tokens, generate, load, noise_std_of, positive)
 
 # Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
@@ -100,18 +100,19 @@ def pack(rollout, rows):
     """The given rows (b,) of a rollout as one batch, its slots padded at the right.
 
     Returns what Transformer.log_prob wants: prompts; of_row (b,); tokens (b, N); thoughts (b, N, D)
-    or None; then kind (b, N), NONE in padding; in_cot (b, N) bool; logp (b, N) at sampling time.
+    or None; their support (b, N, k) or None; then kind (b, N), NONE in padding; in_cot (b, N) bool;
+    logp (b, N) at sampling time.
     """
     asked, of_row = rollout.of_row[rows].unique(return_inverse=True)
     N = int(rollout.length[rows].max())
-    thoughts = None
-    if rollout.thoughts is not None:
-        thoughts = rollout.thoughts[rows, :N]
-        thoughts = F.pad(thoughts, (0, 0, 0, N - thoughts.shape[1]))
+    def of_rows(stored):  # (R, C, ...), the slots of the thought alone
+        if stored is not None:
+            part = stored[rows, :N]
+            return F.pad(part, (0, 0, 0, N - part.shape[1]))
     in_cot = torch.arange(N, device=rows.device) < rollout.cot_len[rows, None]
     prompts = [rollout.prompts[q] for q in asked.tolist()]
-    return (prompts, of_row, rollout.tokens[rows, :N], thoughts, rollout.kind[rows, :N], in_cot,
-            rollout.logp[rows, :N])
+    return (prompts, of_row, rollout.tokens[rows, :N], of_rows(rollout.thoughts),
+            of_rows(rollout.support), rollout.kind[rows, :N], in_cot, rollout.logp[rows, :N])
 
 
 def score(model, rollout, rows, weight, temperature, noise_std, input_noise=None, source=None):
@@ -122,12 +123,13 @@ def score(model, rollout, rows, weight, temperature, noise_std, input_noise=None
     for all. Returns the scalar loss; the log-probs less those at sampling time (b, N); and where
     these count, (b, N) bool.
     """
-    *packed, kind, in_cot, sampled_logp = pack(rollout, rows)
+    *packed, support, kind, in_cot, sampled_logp = pack(rollout, rows)
     chosen = (kind == TOKEN) | (kind == THOUGHT)  # forced tokens have weight 0
     part = chosen if source is None else chosen & (in_cot ^ (source == "answer"))
     loss, logp = model.log_prob(
         *packed, kind == THOUGHT, weight[:, None] * part, torch.where(in_cot, temperature, 1.0),
-        noise_std, input_noise, source if source in ("logits", "embedding") else None)
+        noise_std, input_noise, source if source in ("logits", "embedding") else None,
+        rollout.noise_at, support)
     return loss, logp - sampled_logp, part & (weight[:, None] != 0)
 
 
@@ -149,7 +151,8 @@ def reference_rollout(problems, tokenizer, notes, device):
         of_row=torch.arange(len(prompts), device=device), tokens=padded, length=length,
         kind=torch.where(slot < length[:, None], TOKEN, NONE).to(torch.uint8),
         logp=torch.zeros(padded.shape, device=device), entropy=None, thoughts=None,
-        cot_len=torch.zeros_like(length), truncated=length < 0, cots=[], answers=[])
+        support=None, noise_at="embedding", cot_len=torch.zeros_like(length),
+        truncated=length < 0, cots=[], answers=[])
 
 
 def noise_on_inputs(lengths, rows, model, scale, seed):
@@ -234,7 +237,7 @@ def tiny_base(args):
         shutil.rmtree(folder, ignore_errors=True)  # made with other settings
     if not ready and not main(Namespace(**{k: None for k in vars(args)} | {
             "mode": "sft", "out": str(folder), "verifier": "own", "keep": 1, "resume": True,
-            "seed": args.seed, "device": args.device})):
+            "seed": args.seed, "device": args.device, "noise_at": "embedding", "noise_top_k": 0})):
         sys.exit(0)  # interrupted
     return folder / "best"
 
@@ -547,9 +550,10 @@ def sample_rows(args, model, tokenizer, notes, problems, watch, seed, mode, rows
         return generate(
             model, tokenizer, ask(notes, problems), args.samples, mode, answer_greedy=False,
             temperature=notes["temperature"][mode],
-            noise_std=args.noise_scale * notes["embedding_rms"], cot_len=args.cot_len,
-            answer_len=args.answer_len, eos=notes["eos"], seed=seed, rows=rows, watch=watch,
-            store_thoughts=True, entropy_every=ENTROPY_EVERY)
+            noise_std=noise_std_of(notes), noise_at=notes["noise_at"],
+            noise_top_k=notes["noise_top_k"], cot_len=args.cot_len, answer_len=args.answer_len,
+            eos=notes["eos"], seed=seed, rows=rows, watch=watch, store_thoughts=True,
+            entropy_every=ENTROPY_EVERY)
 
 
 @torch.no_grad()
@@ -569,7 +573,7 @@ def audit(args, model, tokenizer, notes, problems, watch):
             for rows in torch.arange(R, device=args.device).split(size):
                 one = torch.ones(len(rows), device=args.device)
                 _, off, counts = score(model, rollout, rows, one, temperature,
-                                       args.noise_scale * notes["embedding_rms"])
+                                       noise_std_of(notes))
                 rows, width = rows.cpu(), off.shape[1]
                 delta[rows, :width], used[rows, :width] = (off.abs() * counts).cpu(), counts.cpu()
             figures = {name: getattr(delta[used], name)().item() for name in names}
@@ -606,6 +610,8 @@ def main(args):
     if min(args.prompts * args.samples, args.val_size) < world:
         raise InputError(f"--prompts {args.prompts} --samples {args.samples} --val_size "
                          f"{args.val_size}: fewer than the {world} ranks; use more, or fewer ranks")
+    if args.noise_top_k and args.noise_at != "logits":
+        raise InputError(f"--noise_top_k {args.noise_top_k}: goes with --noise_at logits")
     if world % (args.shard_size or world):
         raise InputError(f"--shard_size {args.shard_size}: no divisor of the {world} ranks")
     if args.plan:
@@ -644,11 +650,15 @@ def main(args):
     # Model and data
     dtype = getattr(torch, args.dtype)
     model, tokenizer, notes = load(source, torch.float32, args.device, args.prompt_file)
+    if args.noise_top_k > model.config.vocab_size:
+        raise InputError(f"--noise_top_k {args.noise_top_k}: more than the vocabulary's "
+                         f"{model.config.vocab_size} tokens")
     model.activation_checkpointing = args.activation_checkpointing
     watch = Watch.build(tokenizer, model.config.vocab_size, args.device)
     masters = distribute(model, dtype, args.device, args.shard_size)
-    noise_std = args.noise_scale * notes["embedding_rms"]
-    notes |= {k: getattr(args, k) for k in ("noise_scale", "cot_len", "answer_len")}
+    notes |= {k: getattr(args, k) for k in (
+        "noise_scale", "noise_at", "noise_top_k", "cot_len", "answer_len")}
+    noise_std = noise_std_of(notes)
     notes["temperature"] = notes["temperature"] | ({} if sft else {args.mode: args.temperature})
     if args.data == "arithmetic":
         rng = random.Random(args.seed)
@@ -673,7 +683,7 @@ def main(args):
     if args.audit:
         return audit(args, model, tokenizer, notes, problems[:args.audit], watch)
     if sft:
-        notes.pop("embedding_rms")  # RL that starts from here measures it anew
+        notes.pop("rms")  # RL that starts from here measures it anew
     same = zlib.crc32(json.dumps([problems, val, notes], sort_keys=True).encode())
     if over_ranks([same, -same], args.device, "MAX").sum():
         raise InputError(f"--data {args.data}: not the same on all ranks; copy it to every node")
@@ -751,7 +761,9 @@ def main(args):
     mine = shares[rank]  # this rank's rows, maybe a part of a group
     sources = []  # of gradients whose norms are logged
     if args.log_grad_sources and not sft:
-        sources = ["logits", "answer"] if args.mode == "hard" else ["logits", "embedding", "answer"]
+        sources = ["logits", "embedding", "answer"]
+        if args.mode == "hard" or args.noise_at != "embedding":
+            sources.remove("embedding")
 
     def backward(rollout, rows, n_micro, step, weight, source=None):
         """Sum the gradients of rows, by micro-batches; returns the loss and |delta log pi| (n,)."""
@@ -925,6 +937,10 @@ if __name__ == "__main__":
     parser.add_argument("--verifier", choices=VERIFIERS, default="own")
     parser.add_argument("--plan", type=positive(float), metavar="GB", help="only print the memory "
                         "that the run would take, and the micro-batch that fits this much")
+    parser.add_argument("--noise_at", choices=PLACEMENTS, default="embedding",
+                        help="what a thought's noise is added to")
+    parser.add_argument("--noise_top_k", type=positive(int, or_zero=True), default=0,
+                        help="with --noise_at logits: only so many, the others are -inf; 0: all")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the newest checkpoint in OUT, if there is one")
     parser.add_argument("--keep", type=positive(int), default=2,

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import evaluate, load_problems  # noqa: E402
 from model import Transformer, WeightedLogProb  # noqa: E402
-from sample import MODES, Watch, generate, load  # noqa: E402
+from sample import MODES, Watch, generate, load, noise_std_of  # noqa: E402
 
 COT_LEN, ANSWER_LEN = 112, 8  # with the forced words about 128 tokens a sample
 
@@ -113,7 +113,7 @@ def bench_rollout(args):
         watch = Watch.build(tokenizer, model.config.vocab_size)
         prompts = [notes["prompt"].replace("{question}", p["question"])
                    for p in load_problems(args.data, "test")[:args.problems or 2]]
-        noise_std, counts = notes["noise_scale"] * notes["embedding_rms"], {}
+        noise_std, counts = noise_std_of(notes), {}
         name = str(dtype).removeprefix("torch.")
 
         def ours(mode):
@@ -195,7 +195,8 @@ def our_step(args, mode, n_prompts, runs):
         given = dict(
             mode=mode, model=args.model, data=args.data, out=out, steps=runs + 1, prompts=n_prompts,
             samples=args.samples, cot_len=COT_LEN, answer_len=ANSWER_LEN, micro_batch=16, val_size=1,
-            eval_every=runs + 1, dtype="bfloat16", seed=0, device="cpu", clip=1.0, verifier="own", keep=1)
+            eval_every=runs + 1, dtype="bfloat16", seed=0, device="cpu", clip=1.0, verifier="own", keep=1,
+            noise_at="embedding", noise_top_k=0)
         unset = ("lr", "warmup", "input_noise", "prompt_file", "temperature", "noise_scale", "plan", "audit", "resume",
                  "shard_size", "max_drift", "activation_checkpointing", "log_grad_sources")
         train.main(run := Namespace(**given, **dict.fromkeys(unset)))

@@ -56,7 +56,7 @@ def test_train_writes_log_summary_and_checkpoints(mode, base, tmp_path):
     assert any(not torch.equal(before[k], after[k]) for k in before)
     _, _, notes = load(summary["checkpoint"])
     assert json.loads((out / "best" / "args.json").read_text())["mode"] == mode
-    assert notes["embedding_rms"] == pytest.approx(load(base)[2]["embedding_rms"])  # measured once, on the base
+    assert notes["rms"] == load(base)[2]["rms"]  # measured once, on the base
 
 
 def toy(**changes):
@@ -282,6 +282,19 @@ def test_reward_that_raises_ends_the_run_with_its_own_error(base, tmp_path, monk
         script_inside("train.py", "--model", base, "--out", tmp_path, *TOY)
 
 
+@pytest.mark.parametrize("place", [["hidden"], ["logits"], ["logits", "--noise_top_k", 5]])
+def test_noise_elsewhere_trains_and_is_remembered_by_the_checkpoint(place, base, tmp_path):
+    done = script_inside("train.py", "--model", base, "--out", tmp_path, *toy(samples=16), "--noise_at", *place)
+    assert done.returncode == 0, done.stderr
+    assert all(0 < line["delta_logp"] < 1e-3 for line in log_of(tmp_path))
+    notes = load(tmp_path / "best")[2]
+    assert [notes["noise_at"], notes["noise_top_k"]] == [place[0], place[-1] if place[1:] else 0]
+    done = script_inside("eval.py", "--model", tmp_path / "best", "--settings", "soft_sample", "--limit", 3, "--samples", 2)
+    assert done.returncode == 0, done.stderr
+    done = script_inside("sample.py", "--model", tmp_path / "best", "--inspect", tmp_path / "t.html", "1+1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_audit_reports_every_mode_by_position(base, tmp_path):
     done = script_inside("train.py", "--model", base, "--out", tmp_path, "--audit", 3, *TOY)
     assert done.returncode == 0, done.stderr
@@ -441,6 +454,9 @@ BAD = {
     "device that is not there": ([*TRAIN, "{base}", "--device", "cuda:99"], "--device"),
     "unknown flag": (["train.py", "--speed", "9"], "--speed"),
     "unknown mode": (["train.py", "--mode", "loud"], "--mode"),
+    "a few logits without noise on logits": ([*TRAIN, "{base}", "--noise_top_k", "5"], "--noise_top_k 5"),
+    "more logits than there are": (
+        [*TRAIN, "{base}", "--noise_at", "logits", "--noise_top_k", "25"], "--noise_top_k 25"),
     "keep nothing": (["train.py", "--keep", "0"], "--keep"),
     "shards that do not divide the ranks": ([*TRAIN, "{base}", "--shard_size", "2"], "--shard_size 2"),
     "plan of nothing": (["train.py", "--plan", "80"], "--plan"),

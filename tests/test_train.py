@@ -65,6 +65,22 @@ def test_log_prob_at_sampling_equals_log_prob_in_training(tiny, mode):
         torch.testing.assert_close(logp[chosen], sampled[chosen], atol=1e-4, rtol=1e-4)
 
 
+ELSEWHERE = [("hidden", 0), ("logits", 0), ("logits", 5)]  # noise_at, noise_top_k
+
+
+@pytest.mark.parametrize("noise_at, top_k", ELSEWHERE)
+def test_log_prob_at_sampling_equals_training_with_the_noise_elsewhere(noise_at, top_k, tiny):
+    rollout = rollout_of(tiny, "soft", noise_at=noise_at, noise_top_k=top_k, noise_std=0.7)
+    width = {"hidden": 64, "logits": top_k or 24}[noise_at]
+    assert rollout.thoughts.shape[-1] == width and (rollout.support is None) == (top_k == 0)
+    for rows in ([*range(12)], [11, 0, 5]):
+        _, logp, sampled, chosen = scored(tiny[0], rollout, rows, tau=0.5, noise_std=0.7)
+        torch.testing.assert_close(logp[chosen], sampled[chosen], atol=1e-3, rtol=1e-4)
+        thinks = chosen & (rollout.kind[rows, :chosen.shape[1]] == 2)
+        z = logp[thinks] + width * math.log(0.7 * math.sqrt(2 * math.pi))  # -|noise|^2 / 2, of mean -width / 2
+        assert z.mean() == pytest.approx(-width / 2, rel=0.4) and z.max() < 0
+
+
 def test_log_prob_at_sampling_equals_training_at_another_temperature(tiny):
     rollout = rollout_of(tiny, "hard", temperature=0.7)
     _, logp, sampled, chosen = scored(tiny[0], rollout, [*range(12)], tau=0.7)
@@ -84,7 +100,7 @@ def test_bfloat16_action_is_scored_as_it_was_fed(tiny, mode):
 def test_pack_holds_each_prompt_once_and_the_slots_of_its_rows(tiny):
     rollout = rollout_of(tiny, "soft")
     for rows, n_prompts in (([7, 2, 8], 2), ([9, 6], 1)):
-        prompts, of_row, tokens, thoughts, kind, in_cot, _ = pack(rollout, torch.tensor(rows))
+        prompts, of_row, tokens, thoughts, _, kind, in_cot, _ = pack(rollout, torch.tensor(rows))
         assert len(prompts) == n_prompts
         for i, r in enumerate(rows):
             n, c = int(rollout.length[r]), int(rollout.cot_len[r])
@@ -147,21 +163,35 @@ def small_policy(tied):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_soft_policy_gradient_is_the_gradient_of_the_expected_reward(tied):
+@pytest.mark.parametrize("noise_at, top_k", [("embedding", 0), ("hidden", 0), ("logits", 0), ("logits", 2)])
+def test_soft_policy_gradient_is_the_gradient_of_the_expected_reward(noise_at, top_k, tied):
     """One thought and one answer token: J = sum over noise (Gauss-Hermite) and answers of pi R, differenced numerically,
     against the score-function gradient of eq. 8-10 in the same expectation."""
     model, tau, sigma = small_policy(tied), 0.5, 0.4
     prompt, R = torch.tensor([1, 3, 0]), torch.tensor([100.0, 10.0, 0.0, 40.0], dtype=torch.float64)
-    x, w = np.polynomial.hermite.hermgauss(24)
-    nodes = torch.tensor([(a, b) for a, b in itertools.product(x, x)]) * math.sqrt(2)  # (576, 2) standard normals
-    mass = torch.tensor([a * b for a, b in itertools.product(w, w)]) / math.pi
+    width = 4 if (noise_at, top_k) == ("logits", 0) else 2
+    x, w = np.polynomial.hermite.hermgauss(40 if width == 2 else 14)
+    nodes = torch.tensor([*itertools.product(x, repeat=width)]) * math.sqrt(2)  # (n, width) standard normals
+    mass = torch.tensor([math.prod(c) for c in itertools.product(w, repeat=width)]) / math.pi ** (width / 2)
+    support = None
 
     def distribution():
         hidden = model(prompt[None])[0, -1]
-        h0 = (model.lm_head.weight @ hidden / tau).softmax(-1) @ model.embed_tokens.weight
-        thoughts = h0 + sigma * nodes  # eq. 6
-        inputs = torch.cat((model.embed_tokens(prompt).expand(len(nodes), 3, 2), thoughts[:, None]), 1)
-        return thoughts, (model(inputs)[:, -1] @ model.lm_head.weight.T).softmax(-1)  # (576, 2), (576, V)
+        head, embed = model.lm_head.weight, model.embed_tokens.weight
+        if noise_at == "embedding":
+            thoughts = (head @ hidden / tau).softmax(-1) @ embed + sigma * nodes  # eq. 6
+            fed = thoughts
+        elif noise_at == "hidden":
+            thoughts = hidden + sigma * nodes
+            fed = (thoughts @ head.T / tau).softmax(-1) @ embed
+        else:
+            ids = torch.arange(4) if support is None else support
+            thoughts = (head @ hidden)[ids] + sigma * nodes
+            fed = (thoughts / tau).softmax(-1) @ embed[ids]
+        inputs = torch.cat((embed[prompt].expand(len(nodes), 3, 2), fed[:, None]), 1)
+        return thoughts, (model(inputs)[:, -1] @ head.T).softmax(-1)  # (n, width), (n, V)
+    if top_k:
+        support = (model.lm_head.weight @ model(prompt[None])[0, -1]).topk(2).indices
 
     def expected_reward():
         with torch.no_grad():
@@ -171,13 +201,14 @@ def test_soft_policy_gradient_is_the_gradient_of_the_expected_reward(tied):
         thoughts, answers = distribution()
     n = len(nodes) * 4
     tokens = torch.arange(4).repeat(len(nodes))[:, None].expand(n, 2)
-    stored = torch.zeros(n, 2, 2, dtype=torch.float64)
+    stored = torch.zeros(n, 2, width, dtype=torch.float64)
     stored[:, 0] = thoughts.repeat_interleave(4, 0)
     is_thought = torch.tensor([True, False]).expand(n, 2)
     weight = -(mass[:, None] * answers * R).view(n, 1).expand(n, 2)  # the probability of each case times -R
     of_row = torch.zeros(n, dtype=torch.long)
     loss, _ = model.log_prob([prompt.tolist()], of_row, tokens, stored, is_thought, weight,
-                             torch.where(is_thought, tau, 1.0), sigma)
+                             torch.where(is_thought, tau, 1.0), sigma, noise_at=noise_at,
+                             support=None if support is None else support.expand(n, 2, 2))
     loss.backward()
 
     g = torch.Generator().manual_seed(0)
@@ -287,7 +318,7 @@ def test_saved_checkpoint_is_an_ordinary_one_that_transformers_and_its_tokenizer
     ids = torch.tensor([tokenizer.encode(text).ids])
     with torch.no_grad():
         torch.testing.assert_close(peer.float()(ids).logits, again.logits(again(ids)), atol=2e-4, rtol=0)
-    assert loaded["embedding_rms"] == notes["embedding_rms"] and loaded["prompt"] == notes["prompt"]
+    assert loaded["rms"] == notes["rms"] and loaded["prompt"] == notes["prompt"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
