@@ -16,6 +16,7 @@ Equation numbers are those of "Soft Tokens, Hard Truths" (arXiv 2509.19170). Dim
 D width.
 """
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -474,13 +475,17 @@ def restore(path, masters, optimizer):
 
 
 def open_log(path, step):
-    """OUT/log.jsonl, cut behind its first `step` lines, and open for the next."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    new = path.with_suffix(".new")
-    new.write_text("".join(lines[:step]))
-    on_disk(new)
-    new.replace(path)
-    return open(path, "a")
+    """OUT/log.jsonl, cut behind its first `step` lines, and open for the next; nobody else may have
+    it open, or two runs would write the same checkpoints (a killed torchrun leaves its ranks)."""
+    log = open(path, "a+")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {path.parent}: another run is at work there; wait for it, or end "
+                         "it, or give another --out") from None
+    log.seek(0)
+    log.truncate(len("".join(log.readlines()[:step])))
+    return log
 
 
 # --------------------------------------------------------------------------------------------------

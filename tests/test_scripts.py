@@ -128,11 +128,18 @@ def finish(*args, timeout=100, **options):
 
 
 def wait_for(condition, run, seconds=60):
-    for _ in range(int(seconds / 0.01)):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         if condition() or run.poll() is not None:
             return
-        time.sleep(0.01)
+        time.sleep(0.001)
     raise AssertionError("it never came to that")
+
+
+def workers(run):
+    """The processes that it started: the ranks of torchrun."""
+    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], text=True, capture_output=True)
+    return [int(pid) for pid in done.stdout.split()]
 
 
 def n_lines(out):
@@ -176,10 +183,11 @@ def test_gradient_sources_are_logged_alike_on_two_ranks(base, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_run_resumes_to_the_same_weights_and_log(ranks, base, tmp_path):
     """kill -9 at random moments and during the writing of a checkpoint; SOAK: how often of each."""
-    flags = ["--mode", "soft", *toy(steps=10, eval_every=1, samples=3)]
+    soak = int(os.environ.get("SOAK", 1))
+    flags = ["--mode", "soft", *toy(steps=20 * soak, eval_every=1, samples=3)]
     whole, cut, rng = tmp_path / "whole", tmp_path / "cut", random.Random(ranks)
     finish(whole, base, *flags, ranks=ranks)
-    for kill in range(2 * int(os.environ.get("SOAK", 1))):
+    for kill in range(2 * soak):
         before = n_lines(cut)
         run = start(cut, base, *flags, "--resume", ranks=ranks)
         if kill % 2:
@@ -187,14 +195,16 @@ def test_killed_run_resumes_to_the_same_weights_and_log(ranks, base, tmp_path):
         else:
             wait_for(lambda: n_lines(cut) > before, run)
             time.sleep(rng.uniform(0, 0.2))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
+        for pid in (run.pid, *workers(run)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         run.communicate()
+        assert run.returncode == -signal.SIGKILL  # it was at work
     finish(cut, base, *flags, "--resume", ranks=ranks)
     timed = ("generate_s", "train_s", "tokens_per_s", "peak_gb")
     plain = [[{k: v for k, v in line.items() if k not in timed} for line in log_of(out)] for out in (whole, cut)]
-    assert plain[0] == plain[1] and len(plain[0]) == 10
-    assert newest_checkpoint(cut).name == newest_checkpoint(whole).name == "step-000010"
+    assert plain[0] == plain[1] and len(plain[0]) == 20 * soak
+    assert newest_checkpoint(cut).name == newest_checkpoint(whole).name == f"step-{20 * soak:06d}"
     a, b = (load_file(checkpoints(out)[-1] / "training" / "masters.safetensors") for out in (whole, cut))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert (cut / "best").resolve().name == (whole / "best").resolve().name
@@ -224,11 +234,21 @@ def test_second_interrupt_ends_at_once(base, tmp_path):
     assert run.wait(10) == 130
 
 
+def test_second_run_in_the_same_directory_is_refused(base, tmp_path):
+    flags = toy(steps=100000, eval_every=100000)
+    run = start(tmp_path, base, *flags)
+    wait_for(lambda: n_lines(tmp_path) >= 1, run)
+    assert_one_line(script_inside("train.py", "--out", tmp_path, "--model", base, *flags, "--resume"), "another run")
+    run.kill()
+    run.communicate()
+    lines = n_lines(tmp_path)
+    assert lines >= 1 and len(log_of(tmp_path)) == lines
+
+
 def test_all_ranks_end_when_one_is_killed(base, tmp_path):
     run = start(tmp_path, base, *toy(steps=100000, eval_every=100000), ranks=2)
     wait_for(lambda: n_lines(tmp_path) >= 2, run)
-    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], text=True, capture_output=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(workers(run)[-1], signal.SIGKILL)
     run.communicate(timeout=60)
     assert run.returncode != 0
     assert newest_checkpoint(tmp_path).name == "step-000000"
