@@ -160,7 +160,7 @@ def noise_on_inputs(lengths, rows, model, scale, seed):
     """Gaussian noise for the embeddings fed in rows of so many slots: (b, N, D) float32, of a
     random scale per row, at most `scale` times the root mean square of the embeddings.
 
-    A small model that never met noise does not survive soft tokens; this is NEFTune (arXiv
+    A small model that never met noise may bear soft tokens badly; this is NEFTune (arXiv
     2310.05914) with Gaussian noise. It depends on (seed, row) alone, not on ranks or micro-batches.
     """
     rms = full(model.embed_tokens.weight.detach()).float().square().mean().sqrt()

@@ -150,8 +150,12 @@ def remove_last_checkpoint(out):
     shutil.rmtree(checkpoints(out)[-1])
 
 
-@pytest.mark.parametrize("mode, ranks, extra", [
-    ("soft", 2, []), ("hard", 4, ["--activation_checkpointing"]), ("fuzzy", 4, ["--shard_size", 2])])
+LAYOUTS = [("soft", 2, []), ("hard", 4, ["--activation_checkpointing"]), ("fuzzy", 4, ["--shard_size", 2])]
+if "SOAK" in os.environ:  # each mode in each layout
+    LAYOUTS = [(mode, *layout) for mode in MODES for layout in ((2, []), (4, []), (4, ["--shard_size", 2]))]
+
+
+@pytest.mark.parametrize("mode, ranks, extra", LAYOUTS)
 def test_several_ranks_equal_one_and_go_on_from_each_others_checkpoints(mode, ranks, extra, base, tmp_path):
     """Three groups of three rows: a group is split between ranks."""
     flags = ["--mode", mode, "--keep", 9, *toy(prompts=3, samples=3, eval_every=1)]
