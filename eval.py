@@ -201,6 +201,11 @@ def arithmetic_problem(rng, careless=0.0):
     return {"question": question, "answer": str(value), "solution": ";".join(steps)}
 
 
+def ask(notes, problems):
+    """The prompts of problems."""
+    return [notes["prompt"].replace("{question}", p["question"]) for p in problems]
+
+
 def worked_text(problem):
     """A reference solution in the form that the prompt asks for, which mode sft imitates."""
     return f" {problem['solution']} {STOP} \\boxed{{{problem['answer']}}}."
@@ -649,9 +654,8 @@ def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len
                 record(samples[problem, sample])
             bar.update()
     if rows:
-        prompts = [notes["prompt"].replace("{question}", p["question"]) for p in problems]
         generate(
-            model, tokenizer, prompts, n, mode, greedy=how == "greedy",
+            model, tokenizer, ask(notes, problems), n, mode, greedy=how == "greedy",
             temperature=temperature, noise_std=noise_std, cot_len=cot_len,
             answer_len=answer_len, eos=notes["eos"], seed=(seed,), rows=rows, batch=batch,
             noise_at=notes["noise_at"], noise_top_k=notes["noise_top_k"], watch=watch,

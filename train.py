@@ -46,7 +46,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import (TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, evaluate, judge,
+from eval import (TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, ask, evaluate, judge,
                   load_problems, worked_text)
 from model import Config, InputError, Transformer, WeightedLogProb, read_json
 from sample import (MODES, NOISE_SCALE, NONE, PLACEMENTS, STOP, THOUGHT, TOKEN, Parser, Rollout,
@@ -106,7 +106,8 @@ def pack(rollout, rows):
     """
     asked, of_row = rollout.of_row[rows].unique(return_inverse=True)
     N = int(rollout.length[rows].max())
-    def of_rows(stored):  # (R, C, ...), the slots of the thought alone
+
+    def of_rows(stored):  # (R, C, ...), the slots of the thought alone, or None
         if stored is not None:
             part = stored[rows, :N]
             return F.pad(part, (0, 0, 0, N - part.shape[1]))
@@ -116,27 +117,23 @@ def pack(rollout, rows):
             of_rows(rollout.support), rollout.kind[rows, :N], in_cot, rollout.logp[rows, :N])
 
 
-def score(model, rollout, rows, weight, temperature, noise_std, input_noise=None, source=None):
+def score(model, rollout, rows, weight, temperature, noise_std, input_noise=None,
+          grad_source=None):
     """The loss of some rows (b,) of a rollout, with gradients, and how far off their log-probs are.
 
     weight (b,) float32: d loss / d log pi of every action of a row; temperature of the thought.
-    source: "logits" or "embedding" for what comes from the thought that way alone, "answer"; None
-    for all. Returns the scalar loss; the log-probs less those at sampling time (b, N); and where
-    these count, (b, N) bool.
+    grad_source: "logits" or "embedding" for what comes from the thought that way alone, "answer";
+    None for all. Returns the scalar loss; the log-probs less those at sampling time (b, N); and
+    where these count, (b, N) bool.
     """
     *packed, support, kind, in_cot, sampled_logp = pack(rollout, rows)
     chosen = (kind == TOKEN) | (kind == THOUGHT)  # forced tokens have weight 0
-    part = chosen if source is None else chosen & (in_cot ^ (source == "answer"))
+    part = chosen if grad_source is None else chosen & (in_cot ^ (grad_source == "answer"))
     loss, logp = model.log_prob(
         *packed, kind == THOUGHT, weight[:, None] * part, torch.where(in_cot, temperature, 1.0),
-        noise_std, input_noise, source if source in ("logits", "embedding") else None,
+        noise_std, input_noise, None if grad_source == "answer" else grad_source,
         rollout.noise_at, support)
     return loss, logp - sampled_logp, part & (weight[:, None] != 0)
-
-
-def ask(notes, problems):
-    """The prompts of problems."""
-    return [notes["prompt"].replace("{question}", p["question"]) for p in problems]
 
 
 def reference_rollout(problems, tokenizer, notes, device):
@@ -704,8 +701,8 @@ def main(args):
             raise InputError(f"--data {args.data}: the problems, or the prompt, are not those of "
                              f"the run in {out}; resume with these, or give another --out")
     if rank == 0:
+        log = open_log(out / "log.jsonl", state["step"])  # from here on OUT is this run's alone
         (out / "summary.json").unlink(missing_ok=True)  # it says that a run is complete
-        log = open_log(out / "log.jsonl", state["step"])
     asked = []  # when Ctrl-C or SIGTERM came: save at the next opportunity, and end
 
     def ask_to_stop(number, _):  # torchrun passes a first Ctrl-C on a second time
@@ -770,7 +767,7 @@ def main(args):
         if args.mode == "hard" or args.noise_at != "embedding":
             sources.remove("embedding")
 
-    def backward(rollout, rows, n_micro, step, weight, source=None):
+    def backward(rollout, rows, n_micro, step, weight, grad_source=None):
         """Sum the gradients of rows, by micro-batches; returns the loss and |delta log pi| (n,)."""
         loss_sum, deltas = 0.0, [torch.zeros(0, device=args.device)]
         for i in range(n_micro):
@@ -786,7 +783,7 @@ def main(args):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(i == n_micro - 1)
             loss, delta, counts = score(
-                model, rollout, local, w, args.temperature, noise_std, noise, source)
+                model, rollout, local, w, args.temperature, noise_std, noise, grad_source)
             (loss * world).backward()  # FSDP takes the mean over ranks
             loss_sum += loss.item()
             deltas.append(delta[counts].abs())
