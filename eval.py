@@ -72,8 +72,10 @@ CHOICE_FILES = {  # multiple choice: file or folder in data/, public address of 
         "ARC-Challenge-Test.jsonl"),
     "mmlu": ("mmlu/data/test", "https://people.eecs.berkeley.edu/~hendrycks/data.tar"),
 }
-ARITHMETIC_DIGITS = 3, 4  # least and most in a chain
-TASKS = ["arithmetic", *dict.fromkeys(task for task, _ in FILES)]
+ARITHMETIC = {  # task: modulus; least and most numbers in a chain
+    "arithmetic": (10, 3, 4),
+    "arithmetic100": (100, 2, 3)}
+TASKS = [*ARITHMETIC, *dict.fromkeys(task for task, _ in FILES)]
 
 
 def download(url, path, sha256):
@@ -127,10 +129,10 @@ def load_problems(data, split, n_arithmetic=512):
     splits are disjoint by construction. Returns a list of {"question", "answer", "solution"}
     strings. Raises InputError, naming the line.
     """
-    if data == "arithmetic":
+    if data in ARITHMETIC:
         rng, problems = random.Random(split), {}
         while len(problems) < n_arithmetic:
-            problem = arithmetic_problem(rng)
+            problem = arithmetic_problem(rng, data)
             if arithmetic_split(problem["question"]) == split:
                 problems[problem["question"]] = problem
         return list(problems.values())
@@ -180,25 +182,28 @@ def read_problem(line, where):
     return {k: str(v).strip() for k, v in fields.items()}
 
 
-# Chains of digits with + - *, worked from left to right modulo 10: "3+4*2" is (3+4)*2 = 14, so 4.
+# Chains of numbers with + - *, worked from left to right. arithmetic is modulo 10: "3+4*2" is
+# (3+4)*2 = 14, so 4. arithmetic100 is modulo 100, its values have two digits: "38+4*7" is 42*7 =
+# 294, so 94.
 
 def arithmetic_split(question):
     """The split that a question belongs to, by its checksum."""
     return {0: "val", 1: "test"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
-def arithmetic_problem(rng, careless=0.0):
+def arithmetic_problem(rng, task="arithmetic", careless=0.0):
     """A random problem with a solution that shows every step; at each, the writer takes the sign
     for a plus with probability `careless`."""
-    value = rng.randrange(10)
-    question, steps = str(value), []
-    for _ in range(rng.randint(*ARITHMETIC_DIGITS) - 1):
+    modulus, least, most = ARITHMETIC[task]
+    n_digits, value = len(str(modulus - 1)), rng.randrange(modulus)
+    question, steps = f"{value:0{n_digits}}", []
+    for _ in range(rng.randint(least, most) - 1):
         sign, digit = rng.choice("+-*"), rng.randrange(10)
         read = "+" if rng.random() < careless else sign
-        result = {"+": value + digit, "-": value - digit, "*": value * digit}[read] % 10
-        steps.append(f"{value}{sign}{digit}={result}")
+        result = {"+": value + digit, "-": value - digit, "*": value * digit}[read] % modulus
+        steps.append(f"{value:0{n_digits}}{sign}{digit}={result:0{n_digits}}")
         question, value = f"{question}{sign}{digit}", result
-    return {"question": question, "answer": str(value), "solution": ";".join(steps)}
+    return {"question": question, "answer": f"{value:0{n_digits}}", "solution": ";".join(steps)}
 
 
 def ask(notes, problems):
@@ -666,10 +671,10 @@ def evaluate(model, tokenizer, notes, problems, setting, n_samples=1, *, cot_len
 
 
 # --------------------------------------------------------------------------------------------------
-# Out of domain: multiple choice, by likelihood
+# Likelihoods: of reference solutions, and of the answers to multiple-choice questions
 
 LETTERS = "ABCDEFGHIJ"
-CHOICE_FIGURES = ("letter_accuracy", "text_accuracy", "nll", "letter_nll", "kl")
+LIKELIHOODS = ("letter_accuracy", "text_accuracy", "nll", "letter_nll", "kl")
 
 
 def read_choices(row, where):
@@ -742,15 +747,39 @@ def token_log_probs(model, prompts, tails, device):
 
 
 @torch.no_grad()
-def kl_divergence(base, hidden_base, model, hidden):
-    """KL(base || model) of the next token in nats, (N,), from hidden states (N, D) of both."""
+def kl_divergence(base, hidden_base, model, hidden, used):
+    """KL(base || model) of the next token in nats, the mean of each text (M,), from the hidden
+    states (M, T, D) of both before the tokens that are used, (M, T) bool."""
     parts = []
-    for i in range(0, len(hidden), WeightedLogProb.CHUNK):
-        rows = slice(i, i + WeightedLogProb.CHUNK)
-        p = base.logits(hidden_base[rows]).log_softmax(-1)
-        q = model.logits(hidden[rows]).log_softmax(-1)
+    for rows in torch.arange(int(used.sum())).split(WeightedLogProb.CHUNK):
+        p = base.logits(hidden_base[used][rows]).log_softmax(-1)
+        q = model.logits(hidden[used][rows]).log_softmax(-1)
         parts.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(parts)
+    kl = torch.zeros(used.shape, device=used.device).masked_scatter(used, torch.cat(parts))
+    return (kl.sum(1) / used.sum(1)).tolist()
+
+
+def score_solutions(model, tokenizer, notes, problems, base=None, batch=64, done=(), record=None):
+    """Likelihood of the reference solutions behind their prompts, in the form that sft imitates.
+
+    Returns {"nll" (per token, in nats), with a base model "kl" (KL(base || model) per token),
+    "n_problems", "interval"}, and the same by problem.
+    """
+    device, results = model.embed_tokens.weight.device, list(done)
+    for i in range(len(results), len(problems), batch):
+        part = problems[i:i + batch]
+        prompts = [tokenizer.encode(prompt).ids for prompt in ask(notes, part)]
+        texts = [[tokenizer.encode(worked_text(p), add_special_tokens=False).ids] for p in part]
+        hidden, used, logp = token_log_probs(model, prompts, texts, device)
+        figures = {"nll": (-logp.sum(1) / used.sum(1)).tolist()}
+        if base is not None:
+            hidden_base, *_ = token_log_probs(base, prompts, texts, device)
+            figures["kl"] = kl_divergence(base, hidden_base, model, hidden, used)
+        for j, values in enumerate(zip(*figures.values())):
+            results.append({"problem": i + j, **dict(zip(figures, values))})
+            if record:
+                record(results[-1])
+    return summarize_likelihoods(results), results
 
 
 def score_choices(model, tokenizer, questions, base=None, batch=16, done=(), record=None,
@@ -781,10 +810,7 @@ def score_choices(model, tokenizer, questions, base=None, batch=16, done=(), rec
                               for j, q in enumerate(part)], device=device)
         if base is not None:
             hidden_base, *_ = token_log_probs(base, prompts, texts, device)
-            mask = used[golds]
-            kl = torch.zeros(mask.shape, device=device).masked_scatter(
-                mask, kl_divergence(base, hidden_base[golds][mask], model, hidden[golds][mask]))
-            kl = (kl.sum(1) / mask.sum(1)).tolist()
+            kl = kl_divergence(base, hidden_base[golds], model, hidden[golds], used[golds])
         mean_logp, at = (logp.sum(1) / used.sum(1)).tolist(), 0
         for j, q in enumerate(part):
             n, gold = len(q["choices"]), q["gold"]
@@ -798,12 +824,12 @@ def score_choices(model, tokenizer, questions, base=None, batch=16, done=(), rec
                 **({"kl": kl[j]} if base is not None else {})})
             if record:
                 record(results[-1])
-    return summarize_choices(results), results
+    return summarize_likelihoods(results), results
 
 
-def summarize_choices(results):
-    """The means and intervals of score_choices, from its list of questions."""
-    values = {name: [r[name] for r in results] for name in CHOICE_FIGURES if name in results[0]}
+def summarize_likelihoods(results):
+    """The means and intervals of score_solutions or score_choices, from the list of problems."""
+    values = {name: [r[name] for r in results] for name in LIKELIHOODS if name in results[0]}
     return {**{name: float(np.mean(v)) for name, v in values.items()}, "n_problems": len(results),
             "interval": {name: bootstrap(v) for name, v in values.items()}}
 
@@ -872,7 +898,7 @@ def compare(mine, other):
                      for k in powers_of_two(n)}
         else:
             pairs = {name: [{s["problem"]: s[name] for s in group[key]} for group in (mine, other)]
-                     for name in CHOICE_FIGURES if name != "kl"}
+                     for name in LIKELIHOODS if name != "kl" and name in mine[key][0]}
         for name, (a, b) in pairs.items():
             differences = [a[p] - b[p] for p in a if p in b]
             low, high = bootstrap(differences)
@@ -880,43 +906,149 @@ def compare(mine, other):
                   f"{np.mean(differences):+9.4f}   [{low:+.4f}, {high:+.4f}]")
 
 
-def plot(files, path):
-    """Draw pass@k, entropy by position and greedy accuracy of results files; suffix png or svg."""
+# --------------------------------------------------------------------------------------------------
+# Several runs together: tables over seeds, and pictures
+
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def name_and_seed(file):
+    """What a results file or a training log (.jsonl, named by its folder) is about:
+    name_and_seed("runs/soft-1.json") == name_and_seed("runs/soft-1/log.jsonl") == ("soft", "1")."""
+    path = Path(file)
+    text = path.parent.name if path.suffix == ".jsonl" else path.stem
+    name, _, seed = text.rpartition("-")
+    return (name, seed) if seed.isdigit() else (text, "")
+
+
+def read_figures(files):
+    """The figures of results files, {(task, name, setting): {seed: figures}}."""
+    groups = defaultdict(dict)
+    for file in files:
+        name, seed = name_and_seed(file)
+        for task, settings in read_json(file)["results"].items():
+            for setting, figures in settings.items():
+                groups[task, name, setting][seed] = figures
+    return groups
+
+
+def columns_of(setting, figures):
+    """The cells of a setting in a table, {column: value}: percent, but for likelihoods in nats."""
+    if "pass@1" not in figures:
+        return {name: figures[name] for name in LIKELIHOODS if name in figures}
+    (mode, how), n = setting.split("_"), figures["n_samples"]
+    cells = {f"{mode} {how}": 100 * figures["pass@1"]}
+    return cells | ({f"{mode} pass@{n}": 100 * figures[f"pass@{n}"]} if n > 1 else {})
+
+
+def over_seeds(values, as_difference):
+    """The mean of values with their standard deviation, or with its 95 % t-interval."""
+    mean, n = np.mean(values), len(values)
+    if n == 1:
+        return f"{mean:+.3g}" if as_difference else f"{mean:.3g}"
+    sd = np.std(values, ddof=1)
+    if not as_difference:
+        return f"{mean:.3g} ± {sd:.2g}"
+    half = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * sd / math.sqrt(n)
+    return f"{mean:+.3g} [{mean - half:+.3g}, {mean + half:+.3g}]"
+
+
+def print_over_seeds(groups, other=None):
+    """Print a Markdown table per task, of what read_figures gives: means and standard deviations
+    over seeds; or, with the name of others, differences from these, paired over seeds."""
+    for task in dict.fromkeys(task for task, _, _ in groups):
+        cells = defaultdict(lambda: defaultdict(dict))  # by name, column, seed
+        for (of_task, name, setting), seeds in groups.items():
+            for seed, figures in seeds.items() if of_task == task else ():
+                for column, value in columns_of(setting, figures).items():
+                    cells[name][column][seed] = value
+        columns = dict.fromkeys(column for row in cells.values() for column in row)
+        if other and other not in cells:
+            raise InputError(f"--compare {other}: the files given are about {', '.join(cells)}")
+        print(f"\n| {task} | " + " | ".join(columns) + " |\n|" + " --- |" * (1 + len(columns)))
+        for name, row in cells.items():
+            if other:
+                row = {column: {seed: value - cells[other][column][seed]
+                                for seed, value in seeds.items() if seed in cells[other][column]}
+                       for column, seeds in row.items()}
+            texts = [over_seeds([*row[column].values()], bool(other)) if row.get(column) else ""
+                     for column in columns]
+            if name != other:
+                print(f"| {name} | " + " | ".join(texts) + " |")
+
+
+def read_curves(files):
+    """The share of right samples by step of training logs, {name: [that of each seed]}."""
+    curves = defaultdict(list)
+    for file in files:
+        lines = [parse_row(line, file) for line in read_lines(Path(file)) if line.strip()]
+        curves[name_and_seed(file)[0]].append([line.get("accuracy", math.nan) for line in lines])
+    return curves
+
+
+def draw_over_seeds(axis, x, seeds, interval=None, **look):
+    """A line: the mean of seeds (S, X), with their standard deviation; of one, its interval."""
+    mean = np.mean(seeds, 0)
+    low, high = interval if len(seeds) == 1 and interval else (
+        mean - np.std(seeds, 0), mean + np.std(seeds, 0))
+    axis.plot(x, mean, **look)
+    axis.fill_between(x, low, high, alpha=0.12, color=look["color"], linewidth=0)
+
+
+def plot(curves, groups, settings, path):
+    """Draw learning curves, and of each task pass@k, entropy by position and greedy accuracy, from
+    what read_curves and read_figures give; suffix png or svg."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from None
-    curves = [(Path(file).stem, task, setting, r) for file in files
-              for task, settings in read_json(file)["results"].items()
-              for setting, r in settings.items() if "pass@1" in r]
-    color = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(c[0] for c in curves))}
+    groups = {key: [*seeds.values()] for key, seeds in groups.items() if key[2] in settings}
+    tasks = [*dict.fromkeys(task for task, _, _ in groups)]
+    names = dict.fromkeys([*(name for _, name, _ in groups), *curves])
+    color = {name: f"C{i}" for i, name in enumerate(names)}
     style = {"hard": "-", "soft": "--", "fuzzy": ":"}
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for name, task, setting, r in curves:
-        mode, how = setting.split("_")
-        look = dict(color=color[name], linestyle=style[mode], label=f"{name}: {mode} on {task}")
-        ks = powers_of_two(r["n_samples"])
-        if how == "sample":
-            left.plot(ks, [r[f"pass@{k}"] for k in ks], marker="o", **look)
-            left.fill_between(ks, *zip(*(r["interval"][f"pass@{k}"] for k in ks)),
-                              alpha=0.1, color=color[name])
-        if how == "sample" and r["entropy"]:  # as far as a tenth of the rows still think
-            n_rows = r["entropy"]["n_rows"]
-            end = sum(n >= 0.1 * n_rows[0] for n in n_rows)
-            middle.plot(r["entropy"]["mean"][:end], **look)
-    greedy = [c for c in curves if c[2].endswith("greedy")]
-    for i, (name, _, _, r) in enumerate(greedy):
-        low, high = r["interval"]["pass@1"]
-        right.bar(i, r["pass@1"], yerr=[[r["pass@1"] - low], [high - r["pass@1"]]], capsize=3,
-                  color=color[name])
-    names = [f"{name}: {setting.split('_')[0]}" for name, _, setting, _ in greedy]
-    right.set_xticks(range(len(greedy)), names, rotation=60, ha="right")
-    left.set(xscale="log", xlabel="k", ylabel="pass@k", title="pass@k of samples, 95 % interval")
-    middle.set(xlabel="position in the thought", ylabel="nats",
-               title="entropy at temperature 1, samples")
-    right.set(ylabel="accuracy", title="greedy accuracy, 95 % interval")
-    left.legend(fontsize=7)
+    n_rows, n_columns = max(1, len(tasks)), bool(curves) + 3 * bool(tasks)
+    figure = Figure(figsize=(5 * n_columns, 4.5 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
+    for axis in axes[1:, 0] if curves else ():
+        axis.axis("off")
+    for name, seeds in curves.items():
+        end = min(map(len, seeds))
+        draw_over_seeds(axes[0, 0], range(end), [s[:end] for s in seeds], color=color[name],
+                        label=name)
+    if curves:
+        axes[0, 0].set(xlabel="step", title="share of right samples in training")
+        axes[0, 0].legend(fontsize=7)
+    for task, (left, middle, right) in zip(tasks, axes[:, -3:]):
+        bars = []
+        for (of_task, name, setting), seeds in groups.items():
+            if of_task != task:
+                continue
+            mode, how = setting.split("_")
+            look = dict(color=color[name], linestyle=style[mode], label=f"{name}: {mode}")
+            intervals, ks = seeds[0]["interval"], powers_of_two(seeds[0]["n_samples"])
+            if how == "greedy":
+                accuracy = [s["pass@1"] for s in seeds]
+                low, high = intervals["pass@1"] if len(seeds) == 1 else (
+                    np.mean(accuracy) - np.std(accuracy), np.mean(accuracy) + np.std(accuracy))
+                right.bar(len(bars), np.mean(accuracy), capsize=3, color=color[name],
+                          yerr=[[np.mean(accuracy) - low], [high - np.mean(accuracy)]])
+                bars.append(f"{name}: {mode}")
+                continue
+            draw_over_seeds(left, ks, [[s[f"pass@{k}"] for k in ks] for s in seeds],
+                            [*zip(*(intervals[f"pass@{k}"] for k in ks))], marker="o", **look)
+            if seeds[0]["entropy"]:  # as far as a tenth of the rows still think
+                end = min(sum(n >= 0.1 * s["entropy"]["n_rows"][0] for n in s["entropy"]["n_rows"])
+                          for s in seeds)
+                draw_over_seeds(middle, range(end), [s["entropy"]["mean"][:end] for s in seeds],
+                                **look)
+        right.set_xticks(range(len(bars)), bars, rotation=60, ha="right")
+        left.set(xscale="log", xlabel="k", title=f"{task}: pass@k of samples")
+        middle.set(xlabel="position in the thought",
+                   title=f"{task}: entropy at temperature 1 of samples, nats")
+        right.set(title=f"{task}: greedy accuracy")
+        left.legend(fontsize=7)
     figure.savefig(path)
     print(f"drawn to {path}")
 
@@ -948,14 +1080,29 @@ def print_table(task, settings):
               f"{100 * r['unparsed']:10.1f}{100 * r['errors']:8.1f}{r['cot_len']:9.1f}")
 
 
+def print_likelihoods(what, figures):
+    print(f"{what}, {figures['n_problems']} problems: " + ", ".join(
+        f"{name} {figures[name]:.4f} [{low:.4f}, {high:.4f}]"
+        for name, (low, high) in figures["interval"].items()))
+
+
+def together(files, args):
+    """Print the means of results files over seeds, and draw them and training logs."""
+    logs = [file for file in files if file.endswith(".jsonl")]
+    groups = read_figures(file for file in files if file not in logs)
+    print_over_seeds(groups, args.compare)
+    if args.plot:
+        plot(read_curves(logs), groups, settings_of(args.settings or "all"), args.plot)
+
+
 def main(args):
-    if args.plot and args.files:
-        return plot(args.files, args.plot)
+    if args.files:
+        return together(args.files, args)
     if not args.model:
-        raise InputError("--model: missing; give a checkpoint directory, or --plot and results")
+        raise InputError("--model: missing; give a checkpoint directory, or results files")
     if args.plot and not args.out:
         raise InputError(f"--plot {args.plot}: draws results files; give --out, or name such files")
-    settings = settings_of(args.settings)
+    settings = settings_of(args.settings or "hard_greedy,soft_greedy")
     other = read_record(args.compare) if args.compare else None
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     model, tokenizer, notes = load(args.model, dtype, args.device, args.prompt_file)
@@ -976,9 +1123,7 @@ def main(args):
                 model, tokenizer, questions, base, done=done, record=record.writer(task=task),
                 progress=True)
             results[task] = {"choices": figures}
-            print(f"\n{task}, {figures['n_problems']} questions: " + ", ".join(
-                f"{name} {figures[name]:.4f} [{low:.4f}, {high:.4f}]"
-                for name, (low, high) in figures["interval"].items()))
+            print_likelihoods(f"\n{task}", figures)
             continue
         problems, results[task] = load_problems(task, "test")[:args.limit], {}
         for setting in settings:
@@ -997,6 +1142,12 @@ def main(args):
             speed = n_tokens / (time.perf_counter() - clock)
             print(f"{task} {setting}: {speed:.0f} tokens/s")
         print_table(task, results[task])
+        if all(p["solution"] for p in problems):
+            figures, groups[task, None] = score_solutions(
+                model, tokenizer, notes, problems, base, done=record.of(task=task, setting=None),
+                record=record.writer(task=task))
+            results[task]["solutions"] = figures
+            print_likelihoods("reference solutions", figures)
     if out:
         content = {"args": vars(args), "results": results}
         out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -1004,18 +1155,19 @@ def main(args):
     if other:
         compare(groups, other)
     if args.plot:
-        plot([args.out], args.plot)
+        plot({}, read_figures([args.out]), settings, args.plot)
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("files", nargs="*", help="with --plot: results files to draw")
+    parser.add_argument("files", nargs="*", help="instead of --model: results files, "
+                        "NAME-SEED.json, whose means to print; with --plot also log.jsonl files")
     parser.add_argument("--model", help="checkpoint directory")
     parser.add_argument("--data", default="arithmetic",
                         help=f"of {', '.join(TASKS)}, {', '.join(CHOICE_FILES)}, or PATH.jsonl; "
                              "several joined by commas")
-    parser.add_argument("--settings", default="hard_greedy,soft_greedy",
-                        help=f"all, or of {', '.join(SETTINGS)}")
+    parser.add_argument("--settings", help=f"all, or of {', '.join(SETTINGS)}; default "
+                        "hard_greedy,soft_greedy; of files, which to draw")
     parser.add_argument("--samples", type=positive(int), default=32,
                         help="per problem, in the sample settings")
     parser.add_argument("--limit", type=positive(int), help="only the first so many problems")
@@ -1023,7 +1175,8 @@ if __name__ == "__main__":
     parser.add_argument("--verifier", choices=VERIFIERS, default="own")
     parser.add_argument("--base", help="checkpoint directory: KL(base || model) on multiple choice")
     parser.add_argument("--out", help="results file, .json; an interrupted run is continued")
-    parser.add_argument("--compare", metavar="BASE.json", help="print differences from that run")
+    parser.add_argument("--compare", metavar="BASE.json", help="print differences from that "
+                        "run; of files, from those of that NAME")
     parser.add_argument("--plot", metavar="FILE", help="draw results, .png or .svg")
     parser.add_common()
     parser.run(main)

@@ -161,8 +161,8 @@ def read_json(path):
             raise ValueError("it holds no object")
         return content
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; "
-                         "give the directory of a Hugging Face checkpoint") from None
+        raise InputError(f"{path}: no such file; a checkpoint is the directory of config.json, a "
+                         "result the file that --out named") from None
     except (ValueError, OSError, RecursionError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); download the file again") from None
 
@@ -182,9 +182,10 @@ def softmax_(z):
     return z.exp_().div_(z.sum(-1, keepdim=True))
 
 
-def add_product(out, a, b, block=1024):
-    """out (V, D) += a^T b of (n, V) and (n, D), by blocks of rows that stay in the cache between
-    the product and the addition."""
+def add_product(out, a, b):
+    """out (V, D) += a^T b of (n, V) and (n, D); on a CPU by blocks of rows, which stay in its cache
+    between the product and the addition."""
+    block = 1024 if out.device.type == "cpu" else len(out)
     for i in range(0, len(out), block):
         out[i:i + block] += a[:, i:i + block].T @ b
 
@@ -587,7 +588,7 @@ class Transformer(nn.Module):
         return (probs[..., None, :].to(embed.dtype) @ embed[support])[..., 0, :]
 
     def log_prob(self, prompts, of_row, tokens, thoughts, is_thought, weight, temperature,
-                 noise_std, input_noise=None, through=None, noise_at="embedding", support=None):
+                 noise_std, through=None, noise_at="embedding", support=None):
         """Log-probs of recorded actions, and the weighted sum that policy gradient differentiates.
 
         prompts     Q lists of ids; each is run once for all the rows that continue it
@@ -599,7 +600,6 @@ class Transformer(nn.Module):
         weight      (B, N) float32: d loss / d log pi of each action; 0 where nothing was chosen
         temperature of the thoughts or, in hard mode, of the CoT tokens: float, or (B, N) float32
         noise_std   standard deviation of the thoughts' noise per coordinate, > 0
-        input_noise (B, N, D) added to the embeddings fed (noisy supervised training), or None
         through     "logits" or "embedding": of each thought's gradient only the part that comes
                     through p, or the part that comes from E in p E; None: their sum
         noise_at    "embedding", "hidden" or "logits"; support (B, N, k): see thought_mean
@@ -613,8 +613,6 @@ class Transformer(nn.Module):
             tau = temperature[..., None] if torch.is_tensor(temperature) else temperature
             fed = self.thought_input(thoughts.detach(), noise_at, support, tau)
             x = torch.where(is_thought[..., None], fed, x)
-        if input_noise is not None:
-            x = x + input_noise
         inner = Transformer.forward(self, x[:, :-1], cache)
         hidden = torch.cat((last[of_row, None], inner), 1)  # (B, N, D): what chooses each slot
         logp = torch.zeros_like(weight)

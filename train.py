@@ -46,8 +46,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import (TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, ask, evaluate, judge,
-                  load_problems, worked_text)
+from eval import (ARITHMETIC, TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, ask, evaluate,
+                  judge, load_problems, worked_text)
 from model import Config, InputError, Transformer, WeightedLogProb, read_json
 from sample import (MODES, NOISE_SCALE, NONE, PLACEMENTS, STOP, THOUGHT, TOKEN, Parser, Rollout,
                     Watch, encode, forced_tokens, generate, load, noise_std_of, positive)
@@ -55,14 +55,13 @@ from sample import (MODES, NOISE_SCALE, NONE, PLACEMENTS, STOP, THOUGHT, TOKEN, 
 # Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
     data="gsm8k", steps=4000, prompts=2, samples=32, cot_len=128, answer_len=32, lr=6e-6, warmup=20,
-    micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", input_noise=0.0, clip=1.0)
+    micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", clip=1.0)
 PAPER_SFT = PAPER | dict(steps=500, prompts=16, lr=1e-5)  # not in the paper: for small models
 TINY = dict(  # without
     data="arithmetic", steps=120, prompts=32, samples=16, cot_len=32, answer_len=4, lr=1e-4,
-    warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", input_noise=0.0,
-    clip=1.0)
+    warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", clip=1.0)
 TINY_SFT = TINY | dict(  # and its base
-    steps=900, prompts=64, samples=1, lr=4e-3, warmup=50, eval_every=900, input_noise=0.7)
+    steps=1200, prompts=64, samples=1, lr=4e-3, warmup=50, eval_every=1200)
 TINY_CONFIG = dict(
     model_type="llama", hidden_size=64, intermediate_size=192, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
@@ -117,8 +116,7 @@ def pack(rollout, rows):
             of_rows(rollout.support), rollout.kind[rows, :N], in_cot, rollout.logp[rows, :N])
 
 
-def score(model, rollout, rows, weight, temperature, noise_std, input_noise=None,
-          grad_source=None):
+def score(model, rollout, rows, weight, temperature, noise_std, grad_source=None):
     """The loss of some rows (b,) of a rollout, with gradients, and how far off their log-probs are.
 
     weight (b,) float32: d loss / d log pi of every action of a row; temperature of the thought.
@@ -131,8 +129,7 @@ def score(model, rollout, rows, weight, temperature, noise_std, input_noise=None
     part = chosen if grad_source is None else chosen & (in_cot ^ (grad_source == "answer"))
     loss, logp = model.log_prob(
         *packed, kind == THOUGHT, weight[:, None] * part, torch.where(in_cot, temperature, 1.0),
-        noise_std, input_noise, None if grad_source == "answer" else grad_source,
-        rollout.noise_at, support)
+        noise_std, None if grad_source == "answer" else grad_source, rollout.noise_at, support)
     return loss, logp - sampled_logp, part & (weight[:, None] != 0)
 
 
@@ -151,23 +148,6 @@ def reference_rollout(problems, tokenizer, notes, device):
         logp=torch.zeros(padded.shape, device=device), entropy=None, thoughts=None,
         support=None, noise_at="embedding", cot_len=torch.zeros_like(length),
         truncated=length < 0, cots=[], answers=[])
-
-
-def noise_on_inputs(lengths, rows, model, scale, seed):
-    """Gaussian noise for the embeddings fed in rows of so many slots: (b, N, D) float32, of a
-    random scale per row, at most `scale` times the root mean square of the embeddings.
-
-    A small model that never met noise may bear soft tokens badly; this is NEFTune (arXiv
-    2310.05914) with Gaussian noise. It depends on (seed, row) alone, not on ranks or micro-batches.
-    """
-    rms = full(model.embed_tokens.weight.detach()).float().square().mean().sqrt()
-    generator, noise = torch.Generator(rms.device), []
-    for row, length in zip(rows, lengths):
-        key = np.random.SeedSequence((*seed, row)).generate_state(1)[0]
-        options = dict(generator=generator.manual_seed(int(key)), device=rms.device)
-        row_scale = scale * rms * torch.rand(1, **options)
-        noise.append(row_scale * torch.randn(length, model.config.hidden_size, **options))
-    return pad_sequence(noise, batch_first=True)
 
 
 def learning_rate(step, args):
@@ -196,7 +176,7 @@ def written_problem(rng):
     that is where a pretrained language model stands too, and what RL can change within a minute.
     """
     while True:
-        p = arithmetic_problem(rng, CARELESS)
+        p = arithmetic_problem(rng, rng.choice([*ARITHMETIC]), CARELESS)
         if arithmetic_split(p["question"]) == "train":
             return p
 
@@ -662,7 +642,7 @@ def main(args):
         "noise_scale", "noise_at", "noise_top_k", "cot_len", "answer_len")}
     noise_std = noise_std_of(notes)
     notes["temperature"] = notes["temperature"] | ({} if sft else {args.mode: args.temperature})
-    if args.data == "arithmetic":
+    if args.data in ARITHMETIC:
         rng = random.Random(args.seed)
         problems = ([written_problem(rng) for _ in range(20000)] if sft
                     else load_problems(args.data, "train", 8192))
@@ -767,7 +747,7 @@ def main(args):
         if args.mode == "hard" or args.noise_at != "embedding":
             sources.remove("embedding")
 
-    def backward(rollout, rows, n_micro, step, weight, grad_source=None):
+    def backward(rollout, rows, n_micro, weight, grad_source=None):
         """Sum the gradients of rows, by micro-batches; returns the loss and |delta log pi| (n,)."""
         loss_sum, deltas = 0.0, [torch.zeros(0, device=args.device)]
         for i in range(n_micro):
@@ -775,15 +755,10 @@ def main(args):
             used = part or [mine.start]  # a rank that has no more rows takes part with weight 0
             local = torch.tensor(used, device=args.device) - mine.start
             w = weight[used].float().to(args.device) * bool(part)
-            noise = None
-            if args.input_noise:  # it grows in the second half of the steps: facts are learnt first
-                scale = args.input_noise * max(0.0, 2 * step / args.steps - 1)
-                noise = noise_on_inputs(rollout.length[local].tolist(), used, model, scale,
-                                        (args.seed, step)).to(dtype)
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(i == n_micro - 1)
             loss, delta, counts = score(
-                model, rollout, local, w, args.temperature, noise_std, noise, grad_source)
+                model, rollout, local, w, args.temperature, noise_std, grad_source)
             (loss * world).backward()  # FSDP takes the mean over ranks
             loss_sum += loss.item()
             deltas.append(delta[counts].abs())
@@ -835,11 +810,11 @@ def main(args):
         rows = sorted(scored[rank], key=lambda row: (row // G, lengths[row]))
         norms = {}
         for part in sources:
-            backward(rollout, rows, n_micro, step, weight, part)
+            backward(rollout, rows, n_micro, weight, part)
             grads = [m.grad for m in masters.values() if m.grad is not None]
             norms[f"grad_{part}"] = full(torch.nn.utils.get_total_norm(grads)).item()
             optimizer.zero_grad()
-        loss, delta = backward(rollout, rows, n_micro, step, weight)
+        loss, delta = backward(rollout, rows, n_micro, weight)
         totals = [loss, len(delta), delta.sum().item()]
         loss, n_delta, delta_sum = over_ranks(totals, args.device).tolist()
         delta_max = over_ranks(delta.max() if len(delta) else 0, args.device, "MAX").item()
@@ -934,8 +909,6 @@ if __name__ == "__main__":
     parser.add_argument("--micro_batch", type=positive(int), help="rows per backward pass")
     parser.add_argument("--eval_every", type=positive(int), help="steps between validations")
     parser.add_argument("--val_size", type=positive(int), help="validation problems")
-    parser.add_argument("--input_noise", type=positive(float, or_zero=True),
-                        help="most noise on input embeddings, in RMS, for supervised training")
     parser.add_argument("--verifier", choices=VERIFIERS, default="own")
     parser.add_argument("--plan", type=positive(float), metavar="GB", help="only print the memory "
                         "that the run would take, and the micro-batch that fits this much")
@@ -960,4 +933,7 @@ if __name__ == "__main__":
     parser.add_common()
     parser.run(main)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # all is written; tearing gloo down now and then aborts a rank (SIGABRT)

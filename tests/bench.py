@@ -15,7 +15,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -38,6 +37,8 @@ COT_LEN, ANSWER_LEN = 112, 8  # with the forced words about 128 tokens a sample
 def seconds(run):
     start = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -59,11 +60,11 @@ def peer_and_tokenizer(args, dtype):
     import transformers
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype), tokenizer
+    return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device), tokenizer
 
 
 def peer_generate(peer, tokenizer, prompts, n_samples, n_new):
-    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(peer.device)
     peer.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=n_new,
                   min_new_tokens=n_new, num_return_sequences=n_samples, pad_token_id=tokenizer.pad_token_id)
 
@@ -71,7 +72,7 @@ def peer_generate(peer, tokenizer, prompts, n_samples, n_new):
 @torch.no_grad()
 def peer_soft_loop(peer, tokenizer, prompts, n_samples, n_new, noise_std):
     """Soft thoughts as one would write them with transformers: mix, add noise, feed as inputs_embeds."""
-    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(peer.device)
     mask = batch["attention_mask"].repeat_interleave(n_samples, 0)
     table = peer.get_input_embeddings().weight
     out = peer(batch["input_ids"].repeat_interleave(n_samples, 0), attention_mask=mask, use_cache=True)
@@ -87,17 +88,17 @@ def peer_soft_loop(peer, tokenizer, prompts, n_samples, n_new, noise_std):
 def decode_step(model, prompt_ids, n_samples, n_own):
     """(one decode step behind n_own earlier ones, its matrix products alone), as functions."""
     _, cache = model.read(prompt_ids)
-    cache = cache.branch(torch.arange(len(prompt_ids)).repeat_interleave(n_samples))
-    rows, dtype = len(prompt_ids) * n_samples, model.lm_head.weight.dtype
-    x = torch.randn(rows, 1, model.config.hidden_size).to(dtype)
+    rows, weight = len(prompt_ids) * n_samples, model.lm_head.weight
+    cache = cache.branch(torch.arange(len(prompt_ids), device=weight.device).repeat_interleave(n_samples))
+    x = torch.randn(rows, 1, model.config.hidden_size).to(weight)
     for _ in range(n_own):
         model(x, cache)
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {m.in_features: torch.randn(rows, m.in_features).to(dtype) for m in layers}
+    inputs = {m.in_features: torch.randn(rows, m.in_features).to(weight) for m in layers}
 
     @torch.no_grad()
     def step():
-        F.linear(model(x, cache), model.lm_head.weight)
+        F.linear(model(x, cache), weight)
 
     @torch.no_grad()
     def matmuls():
@@ -108,9 +109,9 @@ def decode_step(model, prompt_ids, n_samples, n_own):
 
 def bench_rollout(args):
     for dtype in (torch.bfloat16, torch.float32):
-        model, tokenizer, notes = load(args.model, dtype)
+        model, tokenizer, notes = load(args.model, dtype, args.device)
         peer, peer_tokenizer = peer_and_tokenizer(args, dtype)
-        watch = Watch.build(tokenizer, model.config.vocab_size)
+        watch = Watch.build(tokenizer, model.config.vocab_size, args.device)
         prompts = [notes["prompt"].replace("{question}", p["question"])
                    for p in load_problems(args.data, "test")[:args.problems or 2]]
         noise_std, counts = noise_std_of(notes), {}
@@ -142,6 +143,11 @@ def bench_rollout(args):
 
 def peak_bytes(run):
     """The most memory that tensors took at a time while run() ran."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -154,11 +160,11 @@ def bench_loss(args):
         figures = []
         for N, V, D in ((8192, 49152, 576), (4096, 128256, 2048)):
             g = torch.Generator().manual_seed(0)
-            hidden, table = (torch.randn(n, D, generator=g).mul_(s).bfloat16().requires_grad_()
+            hidden, table = (torch.randn(n, D, generator=g).mul_(s).bfloat16().to(args.device).requires_grad_()
                              for n, s in ((N, 1.0), (V, 0.1)))
             action = (torch.randn(N, D, generator=g).bfloat16() if kind == "soft"
-                      else torch.randint(V, (N,), generator=g))
-            weight = torch.randn(N, generator=g)
+                      else torch.randint(V, (N,), generator=g)).to(args.device)
+            weight = torch.randn(N, generator=g).to(args.device)
 
             def fused():
                 hidden.grad = table.grad = None
@@ -174,6 +180,7 @@ def bench_loss(args):
                     logp = logits.log_softmax(-1).gather(-1, action[:, None])[:, 0]
                 (weight * logp).sum().backward()
             times = in_turn(args.runs, fused, plain)
+            hidden.grad = table.grad = None
             grads = table.numel() * torch.tensor([4, 2])  # float32 while fused accumulates; bfloat16
             memory = [(peak_bytes(run) - int(b)) / 1e9 for run, b in zip((fused, plain), grads)]
             figures.append((times, memory))
@@ -189,15 +196,15 @@ def bench_loss(args):
 def our_step(args, mode, n_prompts, runs):
     """(median seconds of a step, peak resident GB, what --plan foretells of it) of train.py on args.model."""
     import train
-    before, rewards = train.peak_memory_gb("cpu"), itertools.cycle([100.0, 0.0])
+    before, rewards = train.peak_memory_gb(args.device), itertools.cycle([100.0, 0.0])
     train.reward = lambda *_: next(rewards)  # rewards differ, so that no group is skipped
     with tempfile.TemporaryDirectory() as out:
         given = dict(
             mode=mode, model=args.model, data=args.data, out=out, steps=runs + 1, prompts=n_prompts,
             samples=args.samples, cot_len=COT_LEN, answer_len=ANSWER_LEN, micro_batch=16, val_size=1,
-            eval_every=runs + 1, dtype="bfloat16", seed=0, device="cpu", clip=1.0, verifier="own", keep=1,
+            eval_every=runs + 1, dtype="bfloat16", seed=0, device=args.device, clip=1.0, verifier="own", keep=1,
             noise_at="embedding", noise_top_k=0)
-        unset = ("lr", "warmup", "input_noise", "prompt_file", "temperature", "noise_scale", "plan", "audit", "resume",
+        unset = ("lr", "warmup", "prompt_file", "temperature", "noise_scale", "plan", "audit", "resume",
                  "shard_size", "max_drift", "activation_checkpointing", "log_grad_sources")
         train.main(run := Namespace(**given, **dict.fromkeys(unset)))
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
@@ -208,6 +215,7 @@ def our_step(args, mode, n_prompts, runs):
 
 def trl_step(args, n_prompts, runs):
     """The same of TRL's RLOOTrainer."""
+    import train
     import transformers
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
@@ -220,20 +228,22 @@ def trl_step(args, n_prompts, runs):
             clocks.append(-time.perf_counter())
 
         def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             clocks[-1] += time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         config = RLOOConfig(
             out, per_device_train_batch_size=16, gradient_accumulation_steps=n_prompts * args.samples // 16,
-            num_generations=args.samples, max_completion_length=args.tokens, beta=0.0, bf16=True, use_cpu=True,
-            max_steps=runs + 1, temperature=1.0, gradient_checkpointing=False, report_to=[], save_strategy="no",
-            logging_steps=1000, generation_kwargs={"min_new_tokens": args.tokens})
+            num_generations=args.samples, max_completion_length=args.tokens, beta=0.0, bf16=True,
+            use_cpu=args.device == "cpu", max_steps=runs + 1, temperature=1.0, gradient_checkpointing=False,
+            report_to=[], save_strategy="no", logging_steps=1000, generation_kwargs={"min_new_tokens": args.tokens})
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
         trainer = RLOOTrainer(
             model, reward_funcs=lambda completions, **_: [next(rewards) for _ in completions], args=config,
             train_dataset=Dataset.from_dict({"prompt": prompts[:n_prompts * (runs + 1)]}), callbacks=[Clock()],
             processing_class=transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left"))
         trainer.train()
-    return statistics.median(clocks[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return statistics.median(clocks[1:]), train.peak_memory_gb(args.device)
 
 
 def bench_step(args):
@@ -261,10 +271,10 @@ def bench_step(args):
 
 def bench_eval(args):
     """Sampling answers to many problems, hard tokens at temperature 1: evaluate() against generate()."""
-    model, tokenizer, notes = load(args.model, torch.bfloat16)
+    model, tokenizer, notes = load(args.model, torch.bfloat16, args.device)
     problems = load_problems(args.data, "test")[:args.problems or 64]
     options = dict(n_samples=args.samples, cot_len=args.tokens - 16, answer_len=8, batch=args.batch,
-                   watch=Watch.build(tokenizer, model.config.vocab_size))
+                   watch=Watch.build(tokenizer, model.config.vocab_size, args.device))
     peer, peer_tokenizer = peer_and_tokenizer(args, torch.bfloat16)
     prompts = [notes["prompt"].replace("{question}", p["question"]) for p in problems]
     counts, ours, theirs = [], [], []
@@ -293,6 +303,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, help="of each problem; default 8 for eval, 32 otherwise")
     parser.add_argument("--tokens", type=int, default=128, help="most per sample")
     parser.add_argument("--batch", type=int, default=64, help="rows alive at a time in eval, on both sides")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runs", type=int, default=5, help="after one to warm up")
     arguments = parser.parse_args()
     arguments.samples = arguments.samples or (8 if arguments.what == "eval" else 32)

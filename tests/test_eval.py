@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import time
 import urllib.request
 
@@ -11,8 +12,9 @@ import torch
 from conftest import SHARED, random_model
 
 import eval as evaluation
-from eval import (SETTINGS, arithmetic_split, bootstrap, download, entropy_profile, evaluate, judge, load_choices,
-                  load_problems, pass_at_k, read_problem, score_choices, settings_of, verify, worked_text)
+from eval import (SETTINGS, arithmetic_split, bootstrap, columns_of, download, entropy_profile, evaluate, judge,
+                  load_choices, load_problems, name_and_seed, over_seeds, pass_at_k, print_over_seeds, read_problem,
+                  score_choices, score_solutions, settings_of, verify, worked_text)
 from model import InputError
 
 EQUAL = [  # candidate, gold
@@ -231,6 +233,61 @@ def test_likelihoods_and_divergence_equal_a_direct_computation(tiny):
     assert same["kl"] == pytest.approx(0, abs=1e-6)
 
 
+def test_likelihood_of_solutions_equals_a_direct_computation(tiny):
+    model, tokenizer, notes = tiny
+    base = random_model(seed=5, std=0.12, vocab_size=model.config.vocab_size)
+    problems = load_problems("arithmetic", "val", 3) + load_problems("arithmetic100", "val", 2)
+    figures, results = score_solutions(model, tokenizer, notes, problems, base, batch=2)
+    for p, r in zip(problems, results, strict=True):
+        prompt = notes["prompt"].replace("{question}", p["question"])
+        logp, ids = direct_log_probs(model, tokenizer, prompt, worked_text(p))
+        assert r["nll"] == pytest.approx(-logp.gather(-1, ids[:, None]).mean().item(), abs=1e-4)
+        other, _ = direct_log_probs(base, tokenizer, prompt, worked_text(p))
+        assert r["kl"] == pytest.approx((other.exp() * (other - logp)).sum(-1).mean().item(), abs=1e-4) and r["kl"] > 0.01
+    assert figures["nll"] == pytest.approx(sum(r["nll"] for r in results) / 5) and figures["n_problems"] == 5
+    recorded = []
+    resumed, _ = score_solutions(model, tokenizer, notes, problems, base, done=results[:2], record=recorded.append)
+    assert resumed["kl"] == pytest.approx(figures["kl"], abs=1e-5) and [r["problem"] for r in recorded] == [2, 3, 4]
+
+
+# Several seeds together
+
+def test_names_lose_their_seed():
+    assert name_and_seed("runs/soft-1.json") == name_and_seed("runs/soft-1/log.jsonl") == ("soft", "1")
+    assert name_and_seed("base.json") == ("base", "") and name_and_seed("a/noise-hidden-12.json") == ("noise-hidden", "12")
+    assert name_and_seed("Qwen-b.json") == ("Qwen-b", "")
+
+
+def test_spread_over_seeds_by_hand():
+    """scipy.stats.ttest_1samp([1, 2, 6], 0).confidence_interval() is (-3.572, 9.572)."""
+    assert over_seeds([40.0], False) == "40" and over_seeds([1.5], True) == "+1.5"
+    assert over_seeds([1.0, 2.0, 6.0], False) == "3 ± 2.6"  # deviations -2, -1, 3: sqrt(14 / 2)
+    assert over_seeds([1.0, 2.0, 6.0], True) == "+3 [-3.57, +9.57]"
+
+
+def test_tables_over_seeds_pair_them(capsys):
+    def figures(greedy, sample, hit):
+        return {"hard_greedy": {"pass@1": greedy, "n_samples": 1},
+                "hard_sample": {"pass@1": sample, "pass@2": hit, "n_samples": 2}}
+    assert columns_of("hard_sample", figures(0, 0.25, 0.5)["hard_sample"]) == {"hard sample": 25.0, "hard pass@2": 50.0}
+    groups = {}
+    for name, values in {"soft": {"0": (0.5, 0.4, 0.6), "1": (0.7, 0.4, 0.8)},
+                         "base": {"1": (0.4, 0.4, 0.5), "0": (0.3, 0.2, 0.1), "2": (0.9, 0.9, 0.9)}}.items():
+        for seed, three in values.items():
+            for setting, f in figures(*three).items():
+                groups.setdefault(("task", name, setting), {})[seed] = f
+            groups.setdefault(("task", name, "solutions"), {})[seed] = {"nll": 0.5 + int(seed)}
+    print_over_seeds(groups)
+    header, rule, soft, base = capsys.readouterr().out.strip().splitlines()
+    assert header == "| task | hard greedy | hard sample | hard pass@2 | nll |" and rule.count("---") == 5
+    assert soft == "| soft | 60 ± 14 | 40 ± 0 | 70 ± 14 | 1 ± 0.71 |" and base.startswith("| base | 53.3 ± 32 |")
+    print_over_seeds(groups, "base")  # paired by seed, whatever the order; seed 2 has no partner
+    _, _, only = capsys.readouterr().out.strip().splitlines()
+    assert only.startswith("| soft | +25 [") and "| +10 [" in only and only.endswith("| +0 [+0, +0] |")
+    with pytest.raises(InputError, match="--compare hard"):
+        print_over_seeds(groups, "hard")
+
+
 def test_public_layouts_of_multiple_choice_are_read(tmp_path):
     rows = {"hellaswag": {"ctx": "A man", "endings": ["runs", "flies"], "label": 1},
             "arc": {"question": {"stem": "Q", "choices": [{"text": "x", "label": "1"}, {"text": "y", "label": "2"}]},
@@ -261,17 +318,21 @@ def test_real_multiple_choice_files_are_read_whole(file, rows):
 
 # Tasks
 
-def test_arithmetic_solutions_are_right_and_splits_disjoint():
-    splits = {split: load_problems("arithmetic", split, 300) for split in ("train", "val", "test")}
+@pytest.mark.parametrize("task, modulus, form", [("arithmetic", 10, r"\d([-+*]\d){2,3}"), ("arithmetic100", 100, r"\d\d([-+*]\d){1,2}")])
+def test_arithmetic_solutions_are_right_and_splits_disjoint(task, modulus, form):
+    splits = {split: load_problems(task, split, 300) for split in ("train", "val", "test")}
     seen = set()
     for split, problems in splits.items():
         for p in problems:
-            value = int(p["question"][0])
-            for sign, digit in itertools.batched(p["question"][1:], 2) if hasattr(itertools, "batched") else zip(
-                    p["question"][1::2], p["question"][2::2]):
-                value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[sign] % 10
-            assert p["answer"] == str(value) == p["solution"][-1]
-            assert p["solution"].count("=") == len(p["question"]) // 2
+            assert re.fullmatch(form, p["question"])
+            start, *signs = re.split(r"([-+*])", p["question"])
+            value, width = int(start), len(start)
+            steps = p["solution"].split(";")
+            for sign, digit, step in zip(signs[::2], signs[1::2], steps, strict=True):
+                result = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[sign] % modulus
+                assert step == f"{str(value).zfill(width)}{sign}{digit}={str(result).zfill(width)}"
+                value = result
+            assert p["answer"] == str(value).zfill(width)
             assert arithmetic_split(p["question"]) == split
         assert len({p["question"] for p in problems}) == 300
         assert not seen & {p["question"] for p in problems}

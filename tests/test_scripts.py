@@ -387,10 +387,10 @@ def test_eval_writes_results_continues_an_interrupted_run_and_compares(base, tmp
     first = script("eval.py", *flags, "--out", tmp_path / "a.json")
     assert first.returncode == 0, first.stderr
     whole = json.loads((tmp_path / "a.json").read_text())["results"]
-    assert len(whole["arithmetic"]) == 6 and {"pass@1", "pass@4", "entropy"} <= whole["arithmetic"]["soft_sample"].keys()
-    assert all(name in first.stdout for name in whole["arithmetic"])
+    assert len(whole["arithmetic"]) == 7 and whole["arithmetic"]["solutions"]["kl"] == 0 and {"pass@1", "pass@4", "entropy"} <= whole["arithmetic"]["soft_sample"].keys()
+    assert all(name in first.stdout for name in whole["arithmetic"]) and "reference solutions, 5 problems: nll" in first.stdout
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 1 + 5 * (3 * 4 + 3) + 5
+    assert len(lines) == 1 + 5 * (3 * 4 + 3) + 5 + 5
 
     (tmp_path / "b.jsonl").write_text("".join(lines[:31]) + lines[31][:20])  # killed within a line
     second = script_inside("eval.py", *flags, "--out", tmp_path / "b.json", "--compare", tmp_path / "a.json")
@@ -399,16 +399,25 @@ def test_eval_writes_results_continues_an_interrupted_run_and_compares(base, tmp
     assert json.dumps(again["arithmetic"]) == json.dumps(whole["arithmetic"])
     assert sorted((tmp_path / "b.jsonl").read_text().splitlines()) == sorted("".join(lines).splitlines())
     differences = re.findall(r"soft_sample pass@4 +5 +([+-][\d.]+)", second.stdout)
-    assert differences == ["+0.0000"]
+    assert differences == ["+0.0000"] and re.search(r"arithmetic +nll +5 +[+-]0.0000", second.stdout)
     other = script_inside("eval.py", *flags, "--seed", 1, "--out", tmp_path / "a.json")
     assert other.returncode == 2 and "another run" in other.stderr
 
 
-def test_plot_draws_results_or_says_what_to_install(base, tmp_path):
+def test_results_files_and_logs_are_tabled_and_drawn_together(base, tmp_path):
+    files = [tmp_path / f"{name}.json" for name in ("one-0", "one-1", "two-0", "two-1")]
     done = script_inside("eval.py", "--model", base, "--samples", 4, "--limit", 3, "--cot_len", 4, "--settings",
-                         "hard_greedy,hard_sample", "--out", tmp_path / "r.json")
+                         "hard_greedy,hard_sample", "--out", files[0])
     assert done.returncode == 0, done.stderr
-    drawn = script_inside("eval.py", "--plot", tmp_path / "r.svg", tmp_path / "r.json", tmp_path / "r.json")
+    for file in files[1:]:
+        shutil.copy(files[0], file)
+    tabled = script_inside("eval.py", *files)
+    assert tabled.returncode == 0 and len(re.findall(r"^\| (one|two) \| [\d.]+ ± 0 ", tabled.stdout, re.M)) == 2
+    compared = script_inside("eval.py", *files, "--compare", "one")
+    assert re.findall(r"^\| two \| \+0 \[\+0, \+0\] ", compared.stdout, re.M)
+    (tmp_path / "soft-0").mkdir()
+    (tmp_path / "soft-0" / "log.jsonl").write_text('{"step": 0, "accuracy": 0.25}\n{"step": 1, "accuracy": 0.5}\n')
+    drawn = script_inside("eval.py", "--plot", tmp_path / "r.svg", *files, tmp_path / "soft-0" / "log.jsonl")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -470,7 +479,6 @@ BAD = {
     "no micro-batch": (["train.py", "--micro_batch", "0"], "--micro_batch"),
     "no temperature": ([*SAMPLE, "{base}", "--temperature", "0", "1+1"], "--temperature"),
     "noise that is no number": ([*TRAIN, "{base}", "--noise_scale", "much"], "--noise_scale"),
-    "negative input noise": (["train.py", "--input_noise", "-1"], "--input_noise"),
     "no budget": ([*EVAL, "{base}", "--cot_len", "0"], "--cot_len"),
     "negative seed": ([*TRAIN, "{base}", "--seed", "-1"], "--seed"),
     "unknown precision": ([*TRAIN, "{base}", "--dtype", "float16"], "--dtype"),

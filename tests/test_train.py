@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import random_model
 
-from eval import load_problems
+from eval import ARITHMETIC, load_problems
 from model import InputError
 from sample import MODES, NONE, generate, load
-from train import (MOMENTS, PLAN_PROMPT_LEN, checkpoints, distribute, learning_rate, memory, newest_checkpoint, noise_on_inputs, pack,
+from train import (MOMENTS, PLAN_PROMPT_LEN, checkpoints, distribute, learning_rate, memory, newest_checkpoint, pack,
                    point, questions_of_step, reference_rollout, restore, reward, rloo, save_checkpoint, score,
                    written_problem)
 
@@ -383,22 +383,12 @@ def test_link_to_the_best_is_replaced(tmp_path):
     assert (tmp_path / "best").resolve().name == "step-000001" and not (tmp_path / "best.new").is_symlink()
 
 
-def test_noise_on_inputs_belongs_to_the_row(tiny):
-    model = tiny[0]
-    whole = noise_on_inputs([5, 9, 7], [0, 1, 2], model, 0.7, (3, 4))
-    assert torch.equal(noise_on_inputs([9], [1], model, 0.7, (3, 4))[0], whole[1]) and not whole[0, 5:].any()
-    assert not torch.equal(noise_on_inputs([9], [1], model, 0.7, (3, 5))[0], whole[1])
-    rms = model.embed_tokens.weight.detach().square().mean().sqrt()
-    many = noise_on_inputs([50] * 400, range(400), model, 0.7, (0, 0)).square().mean((1, 2)).sqrt() / rms
-    assert many.max() < 0.75 and many.min() < 0.05 and many.mean() == pytest.approx(0.35, abs=0.04)
-
-
 # Where the gradient comes from, and what is kept for it
 
 def gradient(model, rollout, mode, source=None):
     model.zero_grad()
     g = torch.Generator().manual_seed(0)
-    loss, *_ = score(model, rollout, torch.arange(12), torch.randn(12, generator=g), MODES[mode], 0.1, None, source)
+    loss, *_ = score(model, rollout, torch.arange(12), torch.randn(12, generator=g), MODES[mode], 0.1, source)
     loss.backward()
     return {name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
 
@@ -444,12 +434,13 @@ def test_questions_of_steps_go_through_the_data_in_a_new_order_each_epoch():
 def test_written_problems_are_half_careful_and_never_of_val_or_test():
     rng = random.Random(0)
     problems = [written_problem(rng) for _ in range(3000)]
+    assert 0.45 < sum(p["solution"][1] in "+-*" for p in problems) / len(problems) < 0.55  # arithmetic, arithmetic100
     steps = [s for p in problems for s in p["solution"].split(";") if s[1] == "*"]
     misread = [s for s in steps if int(s[4]) != int(s[0]) * int(s[2]) % 10]
     assert all(int(s[4]) == (int(s[0]) + int(s[2])) % 10 for s in misread)
     same = sum(a * b % 10 == (a + b) % 10 for a in range(10) for b in range(10)) / 100
     assert len(misread) / len(steps) == pytest.approx((1 - same) / 2, abs=0.03)
-    known = {p["question"] for split in ("val", "test") for p in load_problems("arithmetic", split, 512)}
+    known = {p["question"] for task in ARITHMETIC for split in ("val", "test") for p in load_problems(task, split, 512)}
     assert not known & {p["question"] for p in problems}
 
 
