@@ -206,7 +206,7 @@ def write_tiny_model(path, seed):
 
 def tiny_base(args):
     """The directory of this seed's tiny base, which --mode sft of this file trains if need be."""
-    folder = Path("out") / f"base-seed{args.seed}"
+    folder = Path("out") / f"base-{args.seed}"
     made = folder / "best" / "args.json"
     fits = made.exists() and TINY_SFT.items() <= read_json(made).items()
     ready = fits and (folder / "summary.json").exists()
