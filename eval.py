@@ -1,11 +1,12 @@
 """
 Tasks, the verifier, and what is measured: pass@k of a checkpoint in the six settings, and its
-likelihoods on multiple choice.
+likelihoods on solutions and on multiple choice.
 
     python eval.py --model out/soft/best    # the tiny model on arithmetic
     python eval.py --model path/to/Llama-3.2-3B-Instruct --data gsm8k --settings all --samples 32
     python eval.py --model path/to/model --data my_problems.jsonl --settings hard_greedy --limit 100
     python eval.py --model path/to/model --data hellaswag,arc,mmlu --base path/to/base --out r.json
+    python eval.py results/*.json --plot curves.png    # several runs and seeds together
 
 A problem is {"question", "answer", "solution"}. Files are JSON lines; the public ones are
 downloaded to data/ when they are missing.
@@ -119,7 +120,7 @@ def read_lines(path):
             return [json.dumps(row) for row in json.loads(text)]
         return text.split("\n")
     except (OSError, ValueError) as e:
-        raise InputError(f"--data {path}: not readable ({e}); give a file of JSON lines") from None
+        raise InputError(f"{path}: not readable ({e}); give a file of JSON lines") from None
 
 
 def load_problems(data, split, n_arithmetic=512):
@@ -751,16 +752,15 @@ def kl_divergence(base, hidden_base, model, hidden, used):
     """KL(base || model) of the next token in nats, the mean of each text (M,), from the hidden
     states (M, T, D) of both before the tokens that are used, (M, T) bool."""
     parts = []
-    for rows in torch.arange(int(used.sum())).split(WeightedLogProb.CHUNK):
-        p = base.logits(hidden_base[used][rows]).log_softmax(-1)
-        q = model.logits(hidden[used][rows]).log_softmax(-1)
+    for h_base, h in zip(*(h[used].split(WeightedLogProb.CHUNK) for h in (hidden_base, hidden))):
+        p, q = base.logits(h_base).log_softmax(-1), model.logits(h).log_softmax(-1)
         parts.append((p.exp() * (p - q)).sum(-1))
     kl = torch.zeros(used.shape, device=used.device).masked_scatter(used, torch.cat(parts))
     return (kl.sum(1) / used.sum(1)).tolist()
 
 
 def score_solutions(model, tokenizer, notes, problems, base=None, batch=64, done=(), record=None):
-    """Likelihood of the reference solutions behind their prompts, in the form that sft imitates.
+    """Likelihood of the reference solutions behind their prompts, as sft imitates them, less EOS.
 
     Returns {"nll" (per token, in nats), with a base model "kl" (KL(base || model) per token),
     "n_problems", "interval"}, and the same by problem.
@@ -926,37 +926,54 @@ def read_figures(files):
     """The figures of results files, {(task, name, setting): {seed: figures}}."""
     groups = defaultdict(dict)
     for file in files:
-        name, seed = name_and_seed(file)
-        for task, settings in read_json(file)["results"].items():
+        (name, seed), content = name_and_seed(file), read_json(file)
+        results = content.get("results")
+        if not isinstance(results, dict) or not all(isinstance(r, dict) for r in results.values()):
+            raise InputError(f"{file}: no results file; give what --out of eval.py wrote")
+        for task, settings in results.items():
             for setting, figures in settings.items():
+                if seed in groups[task, name, setting]:
+                    raise InputError(f"{file}: a second file of that name; rename one of them")
                 groups[task, name, setting][seed] = figures
     return groups
 
 
 def columns_of(setting, figures):
-    """The cells of a setting in a table, {column: value}: percent, but for likelihoods in nats."""
+    """The cells of a setting in a table, {column: value}: percent, but entropy (of all positions of
+    all samples) and likelihoods in nats."""
     if "pass@1" not in figures:
         return {name: figures[name] for name in LIKELIHOODS if name in figures}
-    (mode, how), n = setting.split("_"), figures["n_samples"]
+    (mode, how), entropy = setting.split("_"), figures["entropy"]
     cells = {f"{mode} {how}": 100 * figures["pass@1"]}
-    return cells | ({f"{mode} pass@{n}": 100 * figures[f"pass@{n}"]} if n > 1 else {})
+    if how == "sample":
+        most = f"pass@{powers_of_two(figures['n_samples'])[-1]}"
+        cells[f"{mode} {most}"] = 100 * figures[most]
+        if entropy:
+            cells[f"{mode} entropy"] = np.average(entropy["mean"], weights=entropy["n_rows"])
+    return cells
+
+
+def spread(seeds):
+    """The mean over the first dimension, and the standard deviation of one seed (0 of a single)."""
+    mean = np.mean(seeds, 0)
+    return mean, np.std(seeds, 0, ddof=1) if len(seeds) > 1 else 0 * mean
 
 
 def over_seeds(values, as_difference):
     """The mean of values with their standard deviation, or with its 95 % t-interval."""
-    mean, n = np.mean(values), len(values)
-    if n == 1:
-        return f"{mean:+.3g}" if as_difference else f"{mean:.3g}"
-    sd = np.std(values, ddof=1)
+    (mean, sd), n = spread(values), len(values)
     if not as_difference:
-        return f"{mean:.3g} ± {sd:.2g}"
+        return f"{mean:.3g}" + (f" ± {sd:.2g}" if n > 1 else "")
     half = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * sd / math.sqrt(n)
-    return f"{mean:+.3g} [{mean - half:+.3g}, {mean + half:+.3g}]"
+    return f"{mean:+.3g}" + (f" [{mean - half:+.3g}, {mean + half:+.3g}]" if n > 1 else "")
 
 
 def print_over_seeds(groups, other=None):
     """Print a Markdown table per task, of what read_figures gives: means and standard deviations
     over seeds; or, with the name of others, differences from these, paired over seeds."""
+    names = dict.fromkeys(name for _, name, _ in groups)
+    if other and other not in names:
+        raise InputError(f"--compare {other}: the files given are about {', '.join(names)}")
     for task in dict.fromkeys(task for task, _, _ in groups):
         cells = defaultdict(lambda: defaultdict(dict))  # by name, column, seed
         for (of_task, name, setting), seeds in groups.items():
@@ -964,18 +981,18 @@ def print_over_seeds(groups, other=None):
                 for column, value in columns_of(setting, figures).items():
                     cells[name][column][seed] = value
         columns = dict.fromkeys(column for row in cells.values() for column in row)
-        if other and other not in cells:
-            raise InputError(f"--compare {other}: the files given are about {', '.join(cells)}")
-        print(f"\n| {task} | " + " | ".join(columns) + " |\n|" + " --- |" * (1 + len(columns)))
+        print(f"\n| {task} | seeds | " + " | ".join(columns) + " |")
+        print("|" + " --- |" * (2 + len(columns)))
         for name, row in cells.items():
+            if name == other:
+                continue
             if other:
                 row = {column: {seed: value - cells[other][column][seed]
                                 for seed, value in seeds.items() if seed in cells[other][column]}
                        for column, seeds in row.items()}
             texts = [over_seeds([*row[column].values()], bool(other)) if row.get(column) else ""
                      for column in columns]
-            if name != other:
-                print(f"| {name} | " + " | ".join(texts) + " |")
+            print(f"| {name} | {max(map(len, row.values()))} | " + " | ".join(texts) + " |")
 
 
 def read_curves(files):
@@ -983,32 +1000,35 @@ def read_curves(files):
     curves = defaultdict(list)
     for file in files:
         lines = [parse_row(line, file) for line in read_lines(Path(file)) if line.strip()]
-        curves[name_and_seed(file)[0]].append([line.get("accuracy", math.nan) for line in lines])
+        if not lines or any("accuracy" not in line for line in lines):
+            raise InputError(f"{file}: no log of reinforcement learning; give OUT/log.jsonl files")
+        curves[name_and_seed(file)[0]].append([line["accuracy"] for line in lines])
     return curves
 
 
 def draw_over_seeds(axis, x, seeds, interval=None, **look):
     """A line: the mean of seeds (S, X), with their standard deviation; of one, its interval."""
-    mean = np.mean(seeds, 0)
-    low, high = interval if len(seeds) == 1 and interval else (
-        mean - np.std(seeds, 0), mean + np.std(seeds, 0))
+    mean, sd = spread(seeds)
+    low, high = interval if len(seeds) == 1 and interval else (mean - sd, mean + sd)
     axis.plot(x, mean, **look)
     axis.fill_between(x, low, high, alpha=0.12, color=look["color"], linewidth=0)
 
 
-def plot(curves, groups, settings, path):
+def plot(curves, groups, path):
     """Draw learning curves, and of each task pass@k, entropy by position and greedy accuracy, from
     what read_curves and read_figures give; suffix png or svg."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from None
-    groups = {key: [*seeds.values()] for key, seeds in groups.items() if key[2] in settings}
+    groups = {key: [*seeds.values()] for key, seeds in groups.items() if key[2] in SETTINGS}
     tasks = [*dict.fromkeys(task for task, _, _ in groups)]
     names = dict.fromkeys([*(name for _, name, _ in groups), *curves])
     color = {name: f"C{i}" for i, name in enumerate(names)}
     style = {"hard": "-", "soft": "--", "fuzzy": ":"}
     n_rows, n_columns = max(1, len(tasks)), bool(curves) + 3 * bool(tasks)
+    if not n_columns:
+        raise InputError(f"--plot {path}: no sampled or greedy answers and no training log to draw")
     figure = Figure(figsize=(5 * n_columns, 4.5 * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
     for axis in axes[1:, 0] if curves else ():
@@ -1027,13 +1047,13 @@ def plot(curves, groups, settings, path):
                 continue
             mode, how = setting.split("_")
             look = dict(color=color[name], linestyle=style[mode], label=f"{name}: {mode}")
-            intervals, ks = seeds[0]["interval"], powers_of_two(seeds[0]["n_samples"])
+            intervals = seeds[0]["interval"]
+            ks = powers_of_two(min(s["n_samples"] for s in seeds))
             if how == "greedy":
-                accuracy = [s["pass@1"] for s in seeds]
-                low, high = intervals["pass@1"] if len(seeds) == 1 else (
-                    np.mean(accuracy) - np.std(accuracy), np.mean(accuracy) + np.std(accuracy))
-                right.bar(len(bars), np.mean(accuracy), capsize=3, color=color[name],
-                          yerr=[[np.mean(accuracy) - low], [high - np.mean(accuracy)]])
+                mean, sd = spread([s["pass@1"] for s in seeds])
+                low, high = intervals["pass@1"] if len(seeds) == 1 else (mean - sd, mean + sd)
+                right.bar(len(bars), mean, yerr=[[mean - low], [high - mean]], capsize=3,
+                          color=color[name])
                 bars.append(f"{name}: {mode}")
                 continue
             draw_over_seeds(left, ks, [[s[f"pass@{k}"] for k in ks] for s in seeds],
@@ -1044,7 +1064,8 @@ def plot(curves, groups, settings, path):
                 draw_over_seeds(middle, range(end), [s["entropy"]["mean"][:end] for s in seeds],
                                 **look)
         right.set_xticks(range(len(bars)), bars, rotation=60, ha="right")
-        left.set(xscale="log", xlabel="k", title=f"{task}: pass@k of samples")
+        left.set_xscale("log", base=2)
+        left.set(xlabel="k", title=f"{task}: pass@k of samples")
         middle.set(xlabel="position in the thought",
                    title=f"{task}: entropy at temperature 1 of samples, nats")
         right.set(title=f"{task}: greedy accuracy")
@@ -1057,8 +1078,8 @@ def plot(curves, groups, settings, path):
 # The command line
 
 def settings_of(text):
-    """--settings: "all", or names of SETTINGS joined by commas, as a list."""
-    names = SETTINGS if text == "all" else text.split(",")
+    """--settings: "all" or None, or names of SETTINGS joined by commas, as a list."""
+    names = SETTINGS if text in ("all", None) else text.split(",")
     for name in names:
         if name not in SETTINGS:
             raise InputError(f"--settings {name}: not one of {', '.join(SETTINGS)}; "
@@ -1088,14 +1109,21 @@ def print_likelihoods(what, figures):
 
 def together(files, args):
     """Print the means of results files over seeds, and draw them and training logs."""
-    logs = [file for file in files if file.endswith(".jsonl")]
+    logs, settings = [file for file in files if file.endswith(".jsonl")], settings_of(args.settings)
+    if args.model or logs and not args.plot:
+        raise InputError(f"{files[0]}: " + ("files are drawn or tabled; leave --model away"
+                                            if args.model else "logs are drawn; add --plot"))
     groups = read_figures(file for file in files if file not in logs)
+    groups = {key: seeds for key, seeds in groups.items()
+              if key[2] in settings or key[2] not in SETTINGS}
     print_over_seeds(groups, args.compare)
     if args.plot:
-        plot(read_curves(logs), groups, settings_of(args.settings or "all"), args.plot)
+        plot(read_curves(logs), groups, args.plot)
 
 
 def main(args):
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {args.plot}: must end in .png or .svg")
     if args.files:
         return together(args.files, args)
     if not args.model:
@@ -1107,6 +1135,8 @@ def main(args):
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     model, tokenizer, notes = load(args.model, dtype, args.device, args.prompt_file)
     base = load(args.base, dtype, args.device)[0] if args.base else None
+    if base and base.config.vocab_size != model.config.vocab_size:
+        raise InputError(f"--base {args.base}: not of --model's vocabulary; give its own base")
     watch = Watch.build(tokenizer, model.config.vocab_size, args.device)
     if args.out and not args.out.endswith(".json"):
         raise InputError(f"--out {args.out}: must end in .json; the samples go to .jsonl beside it")
@@ -1144,8 +1174,8 @@ def main(args):
         print_table(task, results[task])
         if all(p["solution"] for p in problems):
             figures, groups[task, None] = score_solutions(
-                model, tokenizer, notes, problems, base, done=record.of(task=task, setting=None),
-                record=record.writer(task=task))
+                model, tokenizer, notes, problems, base, args.batch,
+                record.of(task=task, setting=None), record.writer(task=task))
             results[task]["solutions"] = figures
             print_likelihoods("reference solutions", figures)
     if out:
@@ -1155,7 +1185,7 @@ def main(args):
     if other:
         compare(groups, other)
     if args.plot:
-        plot({}, read_figures([args.out]), settings, args.plot)
+        plot({}, read_figures([args.out]), args.plot)
 
 
 if __name__ == "__main__":
@@ -1167,13 +1197,13 @@ if __name__ == "__main__":
                         help=f"of {', '.join(TASKS)}, {', '.join(CHOICE_FILES)}, or PATH.jsonl; "
                              "several joined by commas")
     parser.add_argument("--settings", help=f"all, or of {', '.join(SETTINGS)}; default "
-                        "hard_greedy,soft_greedy; of files, which to draw")
+                        "hard_greedy,soft_greedy, or of files all")
     parser.add_argument("--samples", type=positive(int), default=32,
                         help="per problem, in the sample settings")
     parser.add_argument("--limit", type=positive(int), help="only the first so many problems")
     parser.add_argument("--batch", type=positive(int), default=256, help="rows alive at a time")
     parser.add_argument("--verifier", choices=VERIFIERS, default="own")
-    parser.add_argument("--base", help="checkpoint directory: KL(base || model) on multiple choice")
+    parser.add_argument("--base", help="checkpoint directory: KL(base || model) of texts")
     parser.add_argument("--out", help="results file, .json; an interrupted run is continued")
     parser.add_argument("--compare", metavar="BASE.json", help="print differences from that "
                         "run; of files, from those of that NAME")

@@ -167,7 +167,7 @@ def questions_of_step(problems, step, n, seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# The tiny base: a Llama of 150 thousand parameters that knows single-digit arithmetic
+# The tiny base: a Llama of 150 thousand parameters that knows a little arithmetic
 
 def written_problem(rng):
     """A training problem with a solution by a writer who is careful only half of the time.
@@ -209,10 +209,10 @@ def tiny_base(args):
     folder = Path("out") / f"base-{args.seed}"
     made = folder / "best" / "args.json"
     fits = made.exists() and TINY_SFT.items() <= read_json(made).items()
+    if checkpoints(folder) and not fits:
+        raise InputError(f"{folder}: not the tiny base as this code makes it; move or delete it")
     ready = fits and (folder / "summary.json").exists()
-    fits, ready = over_ranks([fits, ready], args.device, "MAX").tolist()  # all look, then one acts
-    if not fits and (not dist.is_initialized() or dist.get_rank() == 0):
-        shutil.rmtree(folder, ignore_errors=True)  # made with other settings
+    ready = over_ranks(ready, args.device, "MAX").item()  # all look before one of them acts
     if not ready and not main(Namespace(**{k: None for k in vars(args)} | {
             "mode": "sft", "out": str(folder), "verifier": "own", "keep": 1, "resume": True,
             "seed": args.seed, "device": args.device, "noise_at": "embedding", "noise_top_k": 0})):

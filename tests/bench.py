@@ -141,9 +141,9 @@ def bench_rollout(args):
 # --------------------------------------------------------------------------------------------------
 # The fused log-prob against the plain formula
 
-def peak_bytes(run):
+def peak_bytes(run, device):
     """The most memory that tensors took at a time while run() ran."""
-    if torch.cuda.is_available():
+    if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -182,7 +182,7 @@ def bench_loss(args):
             times = in_turn(args.runs, fused, plain)
             hidden.grad = table.grad = None
             grads = table.numel() * torch.tensor([4, 2])  # float32 while fused accumulates; bfloat16
-            memory = [(peak_bytes(run) - int(b)) / 1e9 for run, b in zip((fused, plain), grads)]
+            memory = [(peak_bytes(run, args.device) - int(b)) / 1e9 for run, b in zip((fused, plain), grads)]
             figures.append((times, memory))
             print(f"{kind}, {N} rows, V = {V}, d = {D}: seconds {times[0]:.2f} against {times[1]:.2f}, "
                   f"GB {memory[0]:.2f} against {memory[1]:.2f}")
@@ -194,7 +194,7 @@ def bench_loss(args):
 # A whole step of reinforcement learning, each side in a process of its own
 
 def our_step(args, mode, n_prompts, runs):
-    """(median seconds of a step, peak resident GB, what --plan foretells of it) of train.py on args.model."""
+    """(median seconds of a step, peak GB, what --plan foretells of it) of train.py on args.model."""
     import train
     before, rewards = train.peak_memory_gb(args.device), itertools.cycle([100.0, 0.0])
     train.reward = lambda *_: next(rewards)  # rewards differ, so that no group is skipped

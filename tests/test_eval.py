@@ -267,9 +267,11 @@ def test_spread_over_seeds_by_hand():
 
 def test_tables_over_seeds_pair_them(capsys):
     def figures(greedy, sample, hit):
-        return {"hard_greedy": {"pass@1": greedy, "n_samples": 1},
-                "hard_sample": {"pass@1": sample, "pass@2": hit, "n_samples": 2}}
-    assert columns_of("hard_sample", figures(0, 0.25, 0.5)["hard_sample"]) == {"hard sample": 25.0, "hard pass@2": 50.0}
+        return {"hard_greedy": {"pass@1": greedy, "n_samples": 1, "entropy": {}},
+                "hard_sample": {"pass@1": sample, "pass@2": hit, "n_samples": 2,
+                                "entropy": {"mean": [1.0, 0.5], "n_rows": [4, 2]}}}
+    cells = columns_of("hard_sample", figures(0, 0.25, 0.5)["hard_sample"])
+    assert cells == {"hard sample": 25.0, "hard pass@2": 50.0, "hard entropy": pytest.approx(5 / 6)}
     groups = {}
     for name, values in {"soft": {"0": (0.5, 0.4, 0.6), "1": (0.7, 0.4, 0.8)},
                          "base": {"1": (0.4, 0.4, 0.5), "0": (0.3, 0.2, 0.1), "2": (0.9, 0.9, 0.9)}}.items():
@@ -279,11 +281,14 @@ def test_tables_over_seeds_pair_them(capsys):
             groups.setdefault(("task", name, "solutions"), {})[seed] = {"nll": 0.5 + int(seed)}
     print_over_seeds(groups)
     header, rule, soft, base = capsys.readouterr().out.strip().splitlines()
-    assert header == "| task | hard greedy | hard sample | hard pass@2 | nll |" and rule.count("---") == 5
-    assert soft == "| soft | 60 ± 14 | 40 ± 0 | 70 ± 14 | 1 ± 0.71 |" and base.startswith("| base | 53.3 ± 32 |")
+    assert header == "| task | seeds | hard greedy | hard sample | hard pass@2 | hard entropy | nll |"
+    assert rule.count("---") == 7 and base.startswith("| base | 3 | 53.3 ± 32 |")
+    assert soft == "| soft | 2 | 60 ± 14 | 40 ± 0 | 70 ± 14 | 0.833 ± 0 | 1 ± 0.71 |"
+    odd = {"pass@1": 0.5, "pass@4": 1.0, "n_samples": 6, "entropy": {}}  # pass@k is known of powers of two
+    assert columns_of("soft_sample", odd) == {"soft sample": 50.0, "soft pass@4": 100.0}
     print_over_seeds(groups, "base")  # paired by seed, whatever the order; seed 2 has no partner
     _, _, only = capsys.readouterr().out.strip().splitlines()
-    assert only.startswith("| soft | +25 [") and "| +10 [" in only and only.endswith("| +0 [+0, +0] |")
+    assert only.startswith("| soft | 2 | +25 [") and "| +10 [" in only and only.endswith("| +0 [+0, +0] |")
     with pytest.raises(InputError, match="--compare hard"):
         print_over_seeds(groups, "hard")
 

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, script, script_inside
+from conftest import ROOT, SHARED, random_model, script, script_inside
 from safetensors.torch import load_file, save_file
 
 from model import Transformer
@@ -412,9 +412,9 @@ def test_results_files_and_logs_are_tabled_and_drawn_together(base, tmp_path):
     for file in files[1:]:
         shutil.copy(files[0], file)
     tabled = script_inside("eval.py", *files)
-    assert tabled.returncode == 0 and len(re.findall(r"^\| (one|two) \| [\d.]+ ± 0 ", tabled.stdout, re.M)) == 2
+    assert tabled.returncode == 0 and len(re.findall(r"^\| (one|two) \| 2 \| [\d.]+ ± 0 ", tabled.stdout, re.M)) == 2
     compared = script_inside("eval.py", *files, "--compare", "one")
-    assert re.findall(r"^\| two \| \+0 \[\+0, \+0\] ", compared.stdout, re.M)
+    assert re.findall(r"^\| two \| 2 \| \+0 \[\+0, \+0\] ", compared.stdout, re.M)
     (tmp_path / "soft-0").mkdir()
     (tmp_path / "soft-0" / "log.jsonl").write_text('{"step": 0, "accuracy": 0.25}\n{"step": 1, "accuracy": 0.5}\n')
     drawn = script_inside("eval.py", "--plot", tmp_path / "r.svg", *files, tmp_path / "soft-0" / "log.jsonl")
@@ -515,6 +515,17 @@ BAD = {
     "results that are no .json": ([*EVAL, "{base}", "--out", "{tmp}/r.txt"], "--out"),
     "comparison with nothing": ([*EVAL, "{base}", "--compare", "nowhere.json"], "nowhere.jsonl"),
     "plot of nothing": ([*EVAL, "{base}", "--plot", "p.png"], "--plot"),
+    "table of what is no result": (["eval.py", "{base}/args.json"], "args.json: no results file"),
+    "table of one result twice": (["eval.py", "{tmp}/r-0.json", "{tmp}/r-0.json"], "r-0.json: a second file"),
+    "table against what is not there": (["eval.py", "{tmp}/r-0.json", "--compare", "base"], "--compare base"),
+    "base's place taken by another run": (["train.py", "--seed", "7"], "out/base-7"),
+    "base of another vocabulary": ([*EVAL, "{base}", "--base", "{tmp}/other"], "not of --model's vocabulary"),
+    "results of another layout": (["eval.py", "{tmp}/list-0.json"], "list-0.json: no results file"),
+    "log that is not drawn": (["eval.py", "{tmp}/plain.jsonl"], "add --plot"),
+    "log that is none": (["eval.py", "{tmp}/plain.jsonl", "--plot", "p.png"], "no log of reinforcement learning"),
+    "model and results": ([*EVAL, "{base}", "{tmp}/r-0.json"], "leave --model away"),
+    "plot of another kind": (["eval.py", "{tmp}/r-0.json", "--plot", "p.txt"], "--plot p.txt"),
+    "log without lines of JSON": (["eval.py", "{tmp}/broken.jsonl", "--plot", "p.png"], "broken.jsonl"),
     "prompt file without a question": ([*EVAL, "{base}", "--prompt_file", "{tmp}/empty.jsonl"], "{question}"),
     "prompt file that does not exist": ([*EVAL, "{base}", "--prompt_file", "nowhere"], "--prompt_file"),
     "prompt file that is a folder": ([*EVAL, "{base}", "--prompt_file", "{tmp}"], "--prompt_file"),
@@ -596,8 +607,11 @@ HARMS = {
 
 
 @pytest.fixture(scope="module")
-def mistakes(tmp_path_factory):
+def mistakes(base, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("mistakes")
+    (tmp / "out" / "base-7" / "step-000000").mkdir(parents=True)
+    shutil.copytree(base, tmp / "other")  # with two more words
+    random_model(vocab_size=26).save_pretrained(tmp / "other")
     (tmp / "gpt2").mkdir()
     (tmp / "number.jsonl").write_text('{"question": "1+1", "answer": "2"}\n17\n')
     (tmp / "bytes.jsonl").write_bytes(bytes(range(256)))
@@ -606,6 +620,8 @@ def mistakes(tmp_path_factory):
         json.dumps({"question": f"{i}+1", "answer": "2", "solution": "1+1=2;" * 99}) + "\n" for i in range(3)))
     (tmp / "no_answer.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "1+2"}\n')
     (tmp / "broken.jsonl").write_text("question: 1+1\n")
+    (tmp / "list-0.json").write_text('{"results": [1]}')
+    (tmp / "r-0.json").write_text(json.dumps({"results": {"arithmetic": {"solutions": {"nll": 0.5, "n_problems": 1}}}}))
     (tmp / "empty.jsonl").write_text("\n")
     (tmp / "long.jsonl").write_text(json.dumps({"question": "1" * 300, "answer": "2"}) + "\n" + json.dumps(
         {"question": "1" * 301, "answer": "2"}) + "\n")
@@ -674,6 +690,14 @@ def test_nothing_is_unpickled_evaluated_or_run_in_a_shell():
         text = (ROOT / file).read_text()
         found = re.search(r"pickle|torch\.load|(?<![.\w])(eval|exec|compile)\(|subprocess|os\.system|http://", text)
         assert not found, (file, found)
+
+
+def test_claims_of_the_readme_are_what_the_results_files_say():
+    files = sorted((ROOT / "tests" / "results").glob("*.json"))
+    printed = "".join(script_inside("eval.py", *files, "--compare", name).stdout for name in ("hard", "base"))
+    claims = (ROOT / "README.md").read_text().split("| the paper's claim |")[1].split("![")[0]
+    quoted = re.findall(r"[+-][\d.]+ \[[^]]+]", claims)
+    assert len(quoted) >= 10 and all(interval in printed for interval in quoted), quoted
 
 
 def test_line_references_of_the_readme_are_true():
