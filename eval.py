@@ -1110,9 +1110,10 @@ def print_likelihoods(what, figures):
 def together(files, args):
     """Print the means of results files over seeds, and draw them and training logs."""
     logs, settings = [file for file in files if file.endswith(".jsonl")], settings_of(args.settings)
-    if args.model or logs and not args.plot:
-        raise InputError(f"{files[0]}: " + ("files are drawn or tabled; leave --model away"
-                                            if args.model else "logs are drawn; add --plot"))
+    if args.model:
+        raise InputError(f"{files[0]}: files are tabled and drawn as they are; leave --model away")
+    if logs and not args.plot:
+        raise InputError(f"{logs[0]}: logs are drawn; add --plot FILE.png")
     groups = read_figures(file for file in files if file not in logs)
     groups = {key: seeds for key, seeds in groups.items()
               if key[2] in settings or key[2] not in SETTINGS}
@@ -1135,7 +1136,7 @@ def main(args):
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     model, tokenizer, notes = load(args.model, dtype, args.device, args.prompt_file)
     base = load(args.base, dtype, args.device)[0] if args.base else None
-    if base and base.config.vocab_size != model.config.vocab_size:
+    if base is not None and base.config.vocab_size != model.config.vocab_size:
         raise InputError(f"--base {args.base}: not of --model's vocabulary; give its own base")
     watch = Watch.build(tokenizer, model.config.vocab_size, args.device)
     if args.out and not args.out.endswith(".json"):
