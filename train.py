@@ -605,6 +605,9 @@ def main(args):
     if rank == 0 and checkpoints(out) and not (args.resume or args.audit):
         raise InputError(f"--out {out}: holds a run; add --resume to go on with it, give another "
                          "--out, or delete it")
+    if args.model is None and args.data not in ARITHMETIC and not args.data.endswith(".jsonl"):
+        raise InputError(f"--data {args.data}: the tiny model knows {', '.join(ARITHMETIC)} and "
+                         "files that end in .jsonl; choose from these, or add --model")
     if args.model is None and not sft:
         args.model = str(tiny_base(args))
     elif args.model is None:

@@ -518,6 +518,7 @@ BAD = {
     "table of what is no result": (["eval.py", "{base}/args.json"], "args.json: no results file"),
     "table of one result twice": (["eval.py", "{tmp}/r-0.json", "{tmp}/r-0.json"], "r-0.json: a second file"),
     "table against what is not there": (["eval.py", "{tmp}/r-0.json", "--compare", "base"], "--compare base"),
+    "task that the tiny model does not know": (["train.py", "--data", "gsm8k"], "--data gsm8k"),
     "base's place taken by another run": (["train.py", "--seed", "7"], "out/base-7"),
     "base of another vocabulary": ([*EVAL, "{base}", "--base", "{tmp}/other"], "not of --model's vocabulary"),
     "results of another layout": (["eval.py", "{tmp}/list-0.json"], "list-0.json: no results file"),
