@@ -939,4 +939,4 @@ if __name__ == "__main__":
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # all is written; tearing gloo down now and then aborts a rank (SIGABRT)
+        os._exit(0)  # all is written; a rank seems to have died in the teardown (SIGABRT, once)
