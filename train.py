@@ -158,6 +158,15 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def hold_out(problems, n):
+    """n problems for validation, the same for every seed, and those to train on: the others, less
+    what repeats a question of these (MAWPS holds some twice)."""
+    problems = random.Random(0).sample(problems, len(problems))
+    val = problems[:n]
+    asked = {p["question"] for p in val}
+    return val, [p for p in problems[n:] if p["question"] not in asked]
+
+
 def questions_of_step(problems, step, n, seed):
     """The n problems of a step: epochs in random order, a function of (seed, step) alone."""
     at = range(step * n, step * n + n)
@@ -650,13 +659,12 @@ def main(args):
         problems = ([written_problem(rng) for _ in range(20000)] if sft
                     else load_problems(args.data, "train", 8192))
         val = load_problems(args.data, "val", args.val_size)
-    else:  # validation problems are the same for every seed, and never trained on
-        problems = load_problems(args.data, "train")
-        random.Random(0).shuffle(problems)
-        if len(problems) <= args.val_size:
-            raise InputError(
-                f"--val_size {args.val_size}: {args.data} has {len(problems)} problems; use fewer")
-        val, problems = problems[:args.val_size], problems[args.val_size:]
+    else:
+        found = load_problems(args.data, "train")
+        val, problems = hold_out(found, args.val_size)
+        if not problems:
+            raise InputError(f"--val_size {args.val_size}: none of the {len(found)} problems of "
+                             f"{args.data} would be left to train on; use fewer")
         if sft and not all(p["solution"] for p in problems):
             raise InputError(f"--data {args.data}: problems without solutions cannot be imitated; "
                              "give a file with solutions, or use another --mode")

@@ -13,9 +13,9 @@ from conftest import random_model
 from eval import ARITHMETIC, load_problems
 from model import InputError
 from sample import MODES, NONE, generate, load
-from train import (MOMENTS, PLAN_PROMPT_LEN, checkpoints, distribute, learning_rate, memory, newest_checkpoint, pack,
-                   point, questions_of_step, reference_rollout, restore, reward, rloo, save_checkpoint, score,
-                   written_problem)
+from train import (MOMENTS, PLAN_PROMPT_LEN, checkpoints, distribute, hold_out, learning_rate, memory,
+                   newest_checkpoint, pack, point, questions_of_step, reference_rollout, restore, reward, rloo,
+                   save_checkpoint, score, written_problem)
 
 PROMPTS = ["User: 3+4*2 Assistant:", "User: 7-9 Assistant:"]
 
@@ -422,6 +422,16 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[8] == pytest.approx(1.0) and rates[12] == pytest.approx(0.0)
     assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+
+
+def test_no_question_of_validation_is_trained_on():
+    problems = [{"question": str(n // 2), "answer": str(n)} for n in range(40)]  # each question is there twice
+    val, rest = hold_out(problems, 8)
+    questions = [[p["question"] for p in part] for part in (val, rest)]
+    assert len(val) == 8 and not set(questions[0]) & set(questions[1])
+    assert set(questions[0]) | set(questions[1]) == {str(n) for n in range(20)}
+    assert len(rest) == 40 - 2 * len(set(questions[0]))
+    assert hold_out(problems, 8) == (val, rest) and hold_out(problems, 40)[1] == []
 
 
 def test_questions_of_steps_go_through_the_data_in_a_new_order_each_epoch():
