@@ -4,7 +4,7 @@ Train a language model to think in soft tokens: RLOO on continuous chains of tho
     python train.py --mode soft    # a laptop, nothing to download: a tiny base, then RL, in minutes
     python train.py --mode soft --model path/to/Llama-3.2-3B-Instruct --data gsm8k
     torchrun --nproc_per_node 8 train.py --mode soft --model path/to/Llama-3.2-3B-Instruct
-    python train.py --mode sft --model path/to/SmolLM2-135M --data gsm8k --lr 1e-5 --steps 500
+    python train.py --mode sft --model path/to/SmolLM2-135M --data gsm8k --lr 1e-4 --steps 120
     python train.py --mode soft --resume    # after a kill: the same flags, and this one
 
 One step: sample G rows for each of B questions, reward them, subtract the mean of the others, score
@@ -46,11 +46,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import (ARITHMETIC, TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, ask, evaluate,
-                  judge, load_problems, worked_text)
+from eval import (ARITHMETIC, FILES, TASKS, VERIFIERS, arithmetic_problem, arithmetic_split, ask,
+                  evaluate, judge, load_problems, worked_text)
 from model import Config, InputError, Transformer, WeightedLogProb, read_json
 from sample import (MODES, NOISE_SCALE, NONE, PLACEMENTS, STOP, THOUGHT, TOKEN, Parser, Rollout,
-                    Watch, encode, forced_tokens, generate, load, noise_std_of, positive)
+                    Watch, encode, forced_tokens, generate, load, noise_std_of, positive,
+                    return_freed_memory)
 
 # Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
@@ -73,6 +74,7 @@ CARELESS = 0.5  # how often the writers of the tiny base's texts take a sign for
 STATS = ("tokens", "reward", "correct", "unparsed", "truncated", "cot_len", "entropy", "eos")
 PLAN_PROMPT_LEN = 160  # tokens of a prompt that --plan reckons with
 ENTROPY_EVERY = 8  # slots between two measurements of the entropy: it costs a pass over V
+RETURN_MEMORY_EVERY = 10  # steps on a CPU, which pages it in again: not every step
 MAX_SKIPPED = 5  # steps in a row whose gradient is not finite
 RESUME_WITH_OTHER = {  # flags that --resume may change: but for a device of another kind, which
     # draws other numbers, they move the result by rounding only
@@ -694,6 +696,7 @@ def main(args):
     if rank == 0:
         log = open_log(out / "log.jsonl", state["step"])  # from here on OUT is this run's alone
         (out / "summary.json").unlink(missing_ok=True)  # it says that a run is complete
+        (out / "val.jsonl").write_text("".join(json.dumps(p) + "\n" for p in val), encoding="utf-8")
     asked = []  # when Ctrl-C or SIGTERM came: save at the next opportunity, and end
 
     def ask_to_stop(number, _):  # torchrun passes a first Ctrl-C on a second time
@@ -865,6 +868,8 @@ def main(args):
             bar.update()
             if not sft or step % 50 == 0:
                 say("  ".join(f"{k} {v:.3g}" for k, v in line.items() if v is not None))
+        if step % RETURN_MEMORY_EVERY == 0:
+            return_freed_memory()
         if state["skipped"] == MAX_SKIPPED:
             sys.exit(f"step {step}: the loss or its gradient was not finite {MAX_SKIPPED} times in "
                      f"a row; the last checkpoint is {checkpoints(out)[-1]}; lower --lr?")
@@ -900,8 +905,10 @@ def main(args):
     for setting in base:
         say(f"{setting}: {100 * base[setting]:.1f} % before, {100 * best[setting]:.1f} % after, "
             f"on {len(val)} validation problems")
+    tested = args.data in ARITHMETIC or {(args.data, "train"), (args.data, "test")} <= FILES.keys()
+    data = args.data if tested else out / "val.jsonl"  # else what was trained on would be asked
     say(f"The checkpoint is in {out / 'best'}. Next:\n"
-        f"  python eval.py --model {out / 'best'} --data {args.data} --settings all")
+        f"  python eval.py --model {out / 'best'} --data {data} --settings all")
     return True
 
 

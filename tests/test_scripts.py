@@ -17,9 +17,10 @@ import torch
 from conftest import ROOT, SHARED, random_model, script, script_inside
 from safetensors.torch import load_file, save_file
 
+from eval import load_problems
 from model import Transformer
 from sample import MODES, load
-from train import checkpoints, newest_checkpoint, write_tiny_model
+from train import checkpoints, hold_out, newest_checkpoint, write_tiny_model
 
 TOY = ["--steps", 3, "--prompts", 2, "--samples", 4, "--val_size", 6, "--cot_len", 10, "--answer_len", 3, "--lr", 1e-3,
        "--eval_every", 2, "--data", "arithmetic", "--dtype", "float32", "--micro_batch", 3, "--warmup", 1]
@@ -57,6 +58,18 @@ def test_train_writes_log_summary_and_checkpoints(mode, base, tmp_path):
     _, _, notes = load(summary["checkpoint"])
     assert json.loads((out / "best" / "args.json").read_text())["mode"] == mode
     assert notes["rms"] == load(base)[2]["rms"]  # measured once, on the base
+    assert load_problems(str(out / "val.jsonl"), "test") == load_problems("arithmetic", "val", 6)
+    assert "--data arithmetic --settings all" in done.stdout
+
+
+def test_a_run_without_a_test_set_points_to_what_it_held_out(base, tmp_path):
+    data, out = tmp_path / "own.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(p) + "\n" for p in load_problems("arithmetic", "train", 40)))
+    done = script_inside("train.py", "--model", base, "--out", out, *toy(steps=1, data=data))
+    assert done.returncode == 0, done.stderr
+    assert f"--data {out / 'val.jsonl'} --settings all" in done.stdout
+    val, _ = hold_out(load_problems(str(data), "train"), 6)
+    assert load_problems(str(out / "val.jsonl"), "test") == val
 
 
 def toy(**changes):
