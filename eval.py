@@ -1069,7 +1069,10 @@ def plot(curves, groups, path):
         middle.set(xlabel="position in the thought",
                    title=f"{task}: entropy at temperature 1 of samples, nats")
         right.set(title=f"{task}: greedy accuracy")
-        left.legend(fontsize=7)
+        for axis in (left, middle, right):
+            axis.set_visible(axis.has_data())
+        if left.has_data():
+            left.legend(fontsize=7)
     figure.savefig(path)
     print(f"drawn to {path}")
 

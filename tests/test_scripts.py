@@ -714,6 +714,18 @@ def test_claims_of_the_readme_are_what_the_results_files_say():
     assert len(quoted) >= 10 and all(interval in printed for interval in quoted), quoted
 
 
+def test_table_of_the_real_model_is_what_its_results_files_say():
+    def figures(name, mode):
+        results = json.loads((ROOT / "tests" / "results" / "smollm2" / f"{name}-0.json").read_text())["results"]
+        return [f"{100 * results['mawps, validation'][f'{mode}_sample'][k]:.1f}" for k in ("pass@1", "pass@16")]
+    readme = (ROOT / "README.md").read_text()
+    for training, inference in (("hard", "hard"), ("soft", "hard"), ("soft", "soft")):
+        row = readme.split(f"\n| {training}, {inference} |")[1].split("\n")[0]
+        cells = [cell.strip() for cell in row.split("|")]
+        before, after = figures("base", inference), figures(training, inference)
+        assert cells[3:5] == [before[0], after[0]] and cells[6:8] == [before[1], after[1]], row
+
+
 def test_line_references_of_the_readme_are_true():
     references = re.findall(r"`(\w+\.py):(\d+)` `(.+?)`", (ROOT / "README.md").read_text())
     assert len(references) > 15
