@@ -509,18 +509,9 @@ def inspect(path, model, tokenizer, question, out, probs, mode, tau, eos, top=6,
 def keep_freed_memory():
     """Ask glibc not to return freed memory to the system: on a CPU, paging it in again for the next
     large tensors costs a good part of each step. Does nothing where there is no glibc."""
-    glibc("mallopt", -1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-    glibc("mallopt", -4, 0)  # M_MMAP_MAX
-
-
-def return_freed_memory():
-    """Return it once: tensors of ever other sizes leave ever more holes between them."""
-    glibc("malloc_trim", 0)
-
-
-def glibc(function, *args):
     with contextlib.suppress(OSError, AttributeError):
-        getattr(ctypes.CDLL("libc.so.6"), function)(*args)
+        for option, value in ((-1, 2 ** 31 - 1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
 def load(path, dtype=torch.float32, device="cpu", prompt_file=None):

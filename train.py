@@ -50,8 +50,7 @@ from eval import (ARITHMETIC, FILES, TASKS, VERIFIERS, arithmetic_problem, arith
                   evaluate, judge, load_problems, worked_text)
 from model import Config, InputError, Transformer, WeightedLogProb, read_json
 from sample import (MODES, NOISE_SCALE, NONE, PLACEMENTS, STOP, THOUGHT, TOKEN, Parser, Rollout,
-                    Watch, encode, forced_tokens, generate, load, noise_std_of, positive,
-                    return_freed_memory)
+                    Watch, encode, forced_tokens, generate, load, noise_std_of, positive)
 
 # Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
@@ -74,7 +73,6 @@ CARELESS = 0.5  # how often the writers of the tiny base's texts take a sign for
 STATS = ("tokens", "reward", "correct", "unparsed", "truncated", "cot_len", "entropy", "eos")
 PLAN_PROMPT_LEN = 160  # tokens of a prompt that --plan reckons with
 ENTROPY_EVERY = 8  # slots between two measurements of the entropy: it costs a pass over V
-RETURN_MEMORY_EVERY = 10  # steps on a CPU, which pages it in again: not every step
 MAX_SKIPPED = 5  # steps in a row whose gradient is not finite
 RESUME_WITH_OTHER = {  # flags that --resume may change: but for a device of another kind, which
     # draws other numbers, they move the result by rounding only
@@ -868,8 +866,6 @@ def main(args):
             bar.update()
             if not sft or step % 50 == 0:
                 say("  ".join(f"{k} {v:.3g}" for k, v in line.items() if v is not None))
-        if step % RETURN_MEMORY_EVERY == 0:
-            return_freed_memory()
         if state["skipped"] == MAX_SKIPPED:
             sys.exit(f"step {step}: the loss or its gradient was not finite {MAX_SKIPPED} times in "
                      f"a row; the last checkpoint is {checkpoints(out)[-1]}; lower --lr?")
