@@ -2,15 +2,14 @@
 Measurements against transformers, TRL and plain formulas, on a real checkpoint; no test, and not run by pytest.
 
     python tests/bench.py rollout --model path/to/SmolLM2-135M-Instruct --data path/to/gsm8k_test.jsonl
-    python tests/bench.py loss
-    python tests/bench.py step --model ... --data ...
-    python tests/bench.py eval --model ... --data ...
+    python tests/bench.py loss    # and step, eval, drift, ops, host like rollout; tests/gpu.py runs them all on a GPU
 
-The environment variable SMOLLM2 may name the checkpoint instead. rollout, step and eval need transformers, step needs
-trl. Both sides take turns within one run, or one process each where peak memory is compared. The last line of each
-figure is JSON: {"name", "ours", "peer", "ratio"}; the ratio is that of ours to the peer's, in the unit of the name.
+SMOLLM2 in the environment may name the checkpoint instead. Both sides take turns within one run, or have a process each
+where peak memory is compared; transformers and TRL are left out where they are not installed. Figures are lines of
+JSON, most of them {"name", "ours", "peer", "ratio"}; the ratio is that of ours to the peer's, in the unit of the name.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -20,18 +19,24 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.environ.get("NEW") or str(Path(__file__).resolve().parent.parent))
+import sample  # noqa: E402
+import train  # noqa: E402
 from eval import evaluate, load_problems  # noqa: E402
-from model import Transformer, WeightedLogProb  # noqa: E402
-from sample import MODES, Watch, generate, load, noise_std_of  # noqa: E402
+from model import WeightedLogProb  # noqa: E402
+from sample import MODES, ROUND, Decoder, encode_prompts, generate, load, text_of_ids  # noqa: E402
 
-COT_LEN, ANSWER_LEN = 112, 8  # with the forced words about 128 tokens a sample
 
 
 def seconds(run):
@@ -48,98 +53,130 @@ def in_turn(runs, *sides):
     return [statistics.median(times) for times in zip(*turns)]
 
 
+def say(name, **figures):
+    print(json.dumps({"name": name} | {k: float(f"{v:.4g}") for k, v in figures.items()}), flush=True)
+
+
 def report(name, ours, peer):
-    print(json.dumps({"name": name, "ours": round(ours, 4), "peer": round(peer, 4), "ratio": round(ours / peer, 4)}),
-          flush=True)
+    say(name, ours=ours, peer=peer, ratio=ours / peer)
 
 
-# --------------------------------------------------------------------------------------------------
-# Rollout
+def opened(args, dtype, n=2):
+    """(model, tokenizer, notes with short budgets, n questions) of --model and --data."""
+    model, tokenizer = load(args.model, getattr(torch, dtype), args.device)
+    notes = model.notes | {"cot_len": args.tokens - 16, "answer_len": 8}  # forced words come between them
+    return model, tokenizer, notes, [p["question"] for p in load_problems(args.data, "test")[:args.problems or n]]
 
-def peer_and_tokenizer(args, dtype):
+
+# Rollout --------------------------------------------------------------------------------------------------------------
+
+def load_peer(args, dtype):
     import transformers
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device), tokenizer
+    return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype)).to(args.device)
 
 
-def peer_generate(peer, tokenizer, prompts, n_samples, n_new):
-    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(peer.device)
-    peer.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=n_new,
-                  min_new_tokens=n_new, num_return_sequences=n_samples, pad_token_id=tokenizer.pad_token_id)
-
-
-@torch.no_grad()
-def peer_soft_loop(peer, tokenizer, prompts, n_samples, n_new, noise_std):
-    """Soft thoughts as one would write them with transformers: mix, add noise, feed as inputs_embeds."""
-    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(peer.device)
-    mask = batch["attention_mask"].repeat_interleave(n_samples, 0)
-    table = peer.get_input_embeddings().weight
-    out = peer(batch["input_ids"].repeat_interleave(n_samples, 0), attention_mask=mask, use_cache=True)
-    for _ in range(n_new):
-        p = (out.logits[:, -1].float() / MODES["soft"]).softmax(-1)
-        x = (p.to(table.dtype) @ table).float()
-        x = (x + noise_std * torch.randn_like(x)).to(table.dtype)
-        mask = F.pad(mask, (0, 1), value=1)
-        out = peer(inputs_embeds=x[:, None], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
-
-
-@torch.no_grad()
-def decode_step(model, prompt_ids, n_samples, n_own):
-    """(one decode step behind n_own earlier ones, its matrix products alone), as functions."""
-    _, cache = model.read(prompt_ids)
-    rows, weight = len(prompt_ids) * n_samples, model.lm_head.weight
-    cache = cache.branch(torch.arange(len(prompt_ids), device=weight.device).repeat_interleave(n_samples))
-    x = torch.randn(rows, 1, model.config.hidden_size).to(weight)
-    for _ in range(n_own):
-        model(x, cache)
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {m.in_features: torch.randn(rows, m.in_features).to(weight) for m in layers}
-
-    @torch.no_grad()
-    def step():
-        F.linear(model(x, cache), weight)
-
-    @torch.no_grad()
-    def matmuls():
-        for m in layers:
-            F.linear(inputs[m.in_features], m.weight)
-    return step, matmuls
+def peer_generate(peer, prompts, n_samples, n_new, **noise):
+    """transformers' generate behind lists of ids, or, given noise_std, soft thoughts as one would write them there."""
+    width = max(map(len, prompts))
+    ids, mask = torch.tensor([([0] * (width - len(p)) + p, [0] * (width - len(p)) + [1] * len(p)) for p in prompts],
+                             device=peer.device).repeat_interleave(n_samples, 0).unbind(1)
+    if not noise:
+        return peer.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                             max_new_tokens=n_new, min_new_tokens=n_new, pad_token_id=0)
+    with torch.no_grad():
+        table, out = peer.get_input_embeddings().weight, peer(ids, attention_mask=mask, use_cache=True)
+        for _ in range(n_new):
+            x = ((out.logits[:, -1].float() / MODES["soft"]).softmax(-1).to(table.dtype) @ table).float()
+            x = (x + noise["noise_std"] * torch.randn_like(x)).to(table.dtype)
+            mask = F.pad(mask, (0, 1), value=1)
+            out = peer(inputs_embeds=x[:, None], attention_mask=mask, past_key_values=out.past_key_values)
 
 
 def bench_rollout(args):
-    for dtype in (torch.bfloat16, torch.float32):
-        model, tokenizer, notes = load(args.model, dtype, args.device)
-        peer, peer_tokenizer = peer_and_tokenizer(args, dtype)
-        watch = Watch.build(tokenizer, model.config.vocab_size, args.device)
-        prompts = [notes["prompt"].replace("{question}", p["question"])
-                   for p in load_problems(args.data, "test")[:args.problems or 2]]
-        noise_std, counts = noise_std_of(notes), {}
-        name = str(dtype).removeprefix("torch.")
+    for dtype in args.dtypes:
+        model, tokenizer, notes, questions = opened(args, dtype)
+        prompts, counts = encode_prompts(tokenizer, notes, questions, args.tokens, model.config), {}
 
         def ours(mode):
-            out = generate(model, tokenizer, prompts, args.samples, mode, answer_greedy=False, noise_std=noise_std,
-                           cot_len=COT_LEN, answer_len=ANSWER_LEN, watch=watch, store_thoughts=True)
-            counts[mode] = int(out.length.sum())
-        times = in_turn(
-            args.runs, lambda: ours("hard"), lambda: ours("soft"),
-            lambda: peer_generate(peer, peer_tokenizer, prompts, args.samples, args.tokens),
-            lambda: peer_soft_loop(peer, peer_tokenizer, prompts, args.samples, args.tokens, noise_std))
-        n_peer = args.tokens * args.samples * len(prompts)
-        hard, soft, generated, loop = (
-            n / t for n, t in zip((counts["hard"], counts["soft"], n_peer, n_peer), times))
-        print(f"{name}: tokens/s hard {hard:.0f}, soft {soft:.0f}, generate {generated:.0f}, soft loop {loop:.0f}")
-        report(f"rollout_hard_vs_generate_{name}", hard, generated)
-        report(f"rollout_soft_vs_hard_{name}", soft, hard)
-        report(f"rollout_soft_vs_loop_{name}", soft, loop)
-        for n_own in (0, args.tokens // 2):
-            step, matmuls = decode_step(model, [tokenizer.encode(p).ids for p in prompts], args.samples, n_own)
-            print(f"{name}: a decode step behind {n_own} others, seconds")
-            report(f"decode_vs_matmuls_{name}", *in_turn(3 * args.runs, step, matmuls))
+            out = generate(model, tokenizer, questions, mode, args.samples, notes=notes, answer_greedy=False,
+                           store_thoughts=mode != "hard")
+            counts[mode] = sum(row.length for row in out.rows)
+        sides = [lambda: ours("hard"), lambda: ours("soft")]
+        if find_spec("transformers"):
+            peer, many = load_peer(args, dtype), (prompts, args.samples, args.tokens)
+            sides += [lambda: peer_generate(peer, *many),
+                      lambda: peer_generate(peer, *many, noise_std=notes["noise_scale"] * notes["rms"])]
+        times = in_turn(args.runs, *sides)
+        n = args.tokens * args.samples * len(prompts)
+        hard, soft, *theirs = (n / t for n, t in zip((counts["hard"], counts["soft"], n, n), times))
+        report(f"rollout_soft_vs_hard_{dtype}", soft, hard)  # tokens per second
+        for name, rate, peer in zip(("hard_vs_generate", "soft_vs_loop"), (hard, soft), theirs):
+            report(f"rollout_{name}_{dtype}", rate, peer)
 
 
-# --------------------------------------------------------------------------------------------------
-# The fused log-prob against the plain formula
+# One decode step ------------------------------------------------------------------------------------------------------
+
+def decoder_at(slot, model, tokenizer, notes, questions, n_samples):
+    """A Decoder as generate() makes it, while its rows think in soft tokens, at the given slot."""
+    made = []
+
+    def stop(rows, *_):
+        if rows[0].length == slot:
+            raise StopIteration
+    with (mock.patch.object(sample, "Decoder", lambda *a: made.append(Decoder(*a)) or made[0]),
+          contextlib.suppress(StopIteration)):
+        generate(model, tokenizer, questions, "soft", n_samples, notes=notes, store_thoughts=True, answer_greedy=False,
+                 on_step=stop)
+    return made[0]
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations, which are kernel launches on a GPU: neither views nor allocations."""
+    counts = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        self.counts[name] += not (op.is_view or "empty" in name or name in ("_unsafe_view", "lift_fresh"))
+        return op(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def bench_ops(args):
+    """Of a soft step in bfloat16. RMSNorm is one kernel on a GPU and eight operations here: a sign stands for it."""
+    decoder = decoder_at(ROUND, *opened(args, "bfloat16"), 2)
+    with mock.patch.object(F, "rms_norm", lambda x, *_: -x), Operations() as operations:
+        decoder.step(decoder.cache.columns)
+    print(", ".join(f"{n} {name}" for name, n in operations.counts.most_common() if n))
+    say("ops_per_step", ours=operations.counts.total())
+
+
+def bench_host(args):
+    """Milliseconds that Python takes between two steps of 256 rows: their noise, where they stand, their next tokens."""
+    model, tokenizer, *rest = opened(args, "bfloat16")
+    decoder, text_of = decoder_at(0, model, tokenizer, *rest, 256 // len(rest[1])), text_of_ids(tokenizer)
+    tokens = [37 * i % tokenizer.get_vocab_size() for i in range(len(decoder.rows))]
+    for row in decoder.rows:
+        row.notes = row.notes | {"cot_len": 10 ** 6}
+    noise = decoder.draw()
+    draw, tell, take = (1e3 * t / ROUND for t in in_turn(
+        args.runs, decoder.draw, lambda: [decoder.tell(part) for part in noise],
+        lambda: [row.take(i, text_of(i)) for _ in noise for row, i in zip(decoder.rows, tokens)]))
+    say("host_ms_per_step", ours=draw + tell + take, draw=draw, tell=tell, take=take)
+
+
+def bench_drift(args):
+    """|log pi at sampling - in training|, nats, of all the actions of a rollout."""
+    for dtype, mode in itertools.product(args.dtypes, MODES):
+        model, tokenizer, notes, questions = opened(args, dtype)
+        out = generate(model, tokenizer, questions, mode, args.samples, notes=notes, answer_greedy=False,
+                       store_thoughts=mode != "hard")
+        parts = torch.arange(len(out.rows), device=args.device).split(args.micro_batch)
+        delta = torch.cat([train.score(model, out, rows, torch.ones_like(rows, dtype=torch.float32),
+                                       notes["noise_scale"] * notes["rms"])[1].detach() for rows in parts])
+        say(f"drift_{mode}_{dtype}", mean=delta.mean(), median=delta.median(), max=delta.max())
+
+
+# The fused log-prob against the plain formula -------------------------------------------------------------------------
 
 def peak_bytes(run, device):
     """The most memory that tensors took at a time while run() ran."""
@@ -155,158 +192,128 @@ def peak_bytes(run, device):
 
 
 def bench_loss(args):
-    tau, noise_std = 0.5, 0.3
-    for kind in ("soft", "token"):
-        figures = []
-        for N, V, D in ((8192, 49152, 576), (4096, 128256, 2048)):
-            g = torch.Generator().manual_seed(0)
-            hidden, table = (torch.randn(n, D, generator=g).mul_(s).bfloat16().to(args.device).requires_grad_()
-                             for n, s in ((N, 1.0), (V, 0.1)))
-            action = (torch.randn(N, D, generator=g).bfloat16() if kind == "soft"
-                      else torch.randint(V, (N,), generator=g)).to(args.device)
-            weight = torch.randn(N, generator=g).to(args.device)
+    sizes = ((256, 512, 64),) if args.quick else ((8192, 49152, 576), (4096, 128256, 2048))
+    for kind, (N, V, D) in itertools.product(("soft", "token"), sizes):
+        g = torch.Generator().manual_seed(0)
+        hidden, table = (torch.randn(n, D, generator=g).mul_(s).bfloat16().to(args.device).requires_grad_()
+                         for n, s in ((N, 1.0), (V, 0.1)))
+        thoughts, tokens = torch.randn(N, D, generator=g).bfloat16(), torch.randint(V, (N, 1), generator=g)
+        thoughts, tokens, weight, tau = (x.to(args.device) for x in (
+            thoughts, tokens, torch.randn(N, generator=g), torch.full((N,), 0.5)))
 
-            def fused():
-                hidden.grad = table.grad = None
-                WeightedLogProb.apply(hidden, table, table, action, weight, tau, noise_std, True)[0].backward()
-
-            def plain():
-                hidden.grad = table.grad = None
-                logits = (hidden @ table.T).float() / tau
-                if kind == "soft":
-                    mean = (logits.softmax(-1).bfloat16() @ table).float()
-                    logp = torch.distributions.Normal(mean, noise_std).log_prob(action.float()).sum(-1)
-                else:
-                    logp = logits.log_softmax(-1).gather(-1, action[:, None])[:, 0]
-                (weight * logp).sum().backward()
-            times = in_turn(args.runs, fused, plain)
+        def fused():
             hidden.grad = table.grad = None
-            grads = table.numel() * torch.tensor([4, 2])  # float32 while fused accumulates; bfloat16
-            memory = [(peak_bytes(run, args.device) - int(b)) / 1e9 for run, b in zip((fused, plain), grads)]
-            figures.append((times, memory))
-            print(f"{kind}, {N} rows, V = {V}, d = {D}: seconds {times[0]:.2f} against {times[1]:.2f}, "
-                  f"GB {memory[0]:.2f} against {memory[1]:.2f}")
-        for i, what in enumerate(("time", "memory")):
-            report(f"{kind}_logprob_{what}", *max((f[i] for f in figures), key=lambda pair: pair[0] / pair[1]))
+            action = thoughts if kind == "soft" else tokens[:, 0]
+            WeightedLogProb.apply(hidden, table, table, action, weight, tau, 0.3)[0].backward()
+
+        def plain():
+            hidden.grad = table.grad = None
+            logits = (hidden @ table.T).float() / tau[:, None]
+            logp = logits.log_softmax(-1).gather(-1, tokens)[:, 0] if kind == "token" else torch.distributions.Normal(
+                (logits.softmax(-1).bfloat16() @ table).float(), 0.3).log_prob(thoughts.float()).sum(-1)
+            (weight * logp).sum().backward()
+        report(f"{kind}_logprob_time_{V}", *in_turn(args.runs, fused, plain))
+        hidden.grad = table.grad = None
+        report(f"{kind}_logprob_memory_{V}", *(  # less the gradient of the table: float32 in fused, while it grows
+            (peak_bytes(run, args.device) - n * table.numel()) / 1e9 for run, n in ((fused, 4), (plain, 2))))
 
 
-# --------------------------------------------------------------------------------------------------
-# A whole step of reinforcement learning, each side in a process of its own
+# Whole steps of reinforcement learning, each side in a process of its own ---------------------------------------------
 
-def our_step(args, mode, n_prompts, runs):
-    """(median seconds of a step, peak GB, what --plan foretells of it) of train.py on args.model."""
-    import train
-    before, rewards = train.peak_memory_gb(args.device), itertools.cycle([100.0, 0.0])
-    train.reward = lambda *_: next(rewards)  # rewards differ, so that no group is skipped
-    with tempfile.TemporaryDirectory() as out:
-        given = dict(
-            mode=mode, model=args.model, data=args.data, out=out, steps=runs + 1, prompts=n_prompts,
-            samples=args.samples, cot_len=COT_LEN, answer_len=ANSWER_LEN, micro_batch=16, val_size=1,
-            eval_every=runs + 1, dtype="bfloat16", seed=0, device=args.device, clip=1.0, verifier="own", keep=1,
-            noise_at="embedding", noise_top_k=0)
-        unset = ("lr", "warmup", "prompt_file", "temperature", "noise_scale", "plan", "audit", "resume",
-                 "shard_size", "max_drift", "activation_checkpointing", "log_grad_sources")
-        train.main(run := Namespace(**given, **dict.fromkeys(unset)))
-        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    foretold = train.memory(run, Transformer.from_pretrained(args.model), 1, 16)["peak"] / 1e9
-    return (statistics.median(x["generate_s"] + x["train_s"] for x in lines[1:]), lines[-1]["peak_gb"],
-            before + foretold)
+def our_steps(args, **given):
+    """The log of train.py on args.model, in which every other row is rewarded, and nothing is saved."""
+    train.reward, train.save = lambda verdict, row: 100.0 * (row.number % 2), lambda *_: None
+    unset = ("lr", "warmup", "prompt_file", "temperature", "noise_scale", "clip", "verifier", "resume", "eval_every",
+             "activation_checkpointing", "no_cuda_graphs")
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
+        train.main(Namespace(**dict.fromkeys(unset), **dict(
+            mode="soft", model=args.model, data=args.data, out=out, steps=args.runs + 1, prompts=args.problems or 2,
+            samples=args.samples, cot_len=args.tokens - 16, answer_len=8, micro_batch=args.micro_batch, val_size=2,
+            dtype="bfloat16", seed=0, device=args.device) | given))
+        log = Path(out) / "log.jsonl"  # which the first rank writes
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def trl_step(args, n_prompts, runs):
-    """The same of TRL's RLOOTrainer."""
-    import train
+def trl_steps(args):
+    """(median seconds of a step, peak GB) of TRL's RLOOTrainer."""
     import transformers
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
-    notes = load(args.model)[2]
-    prompts = [notes["prompt"].replace("{question}", p["question"]) for p in load_problems(args.data, "test")]
-    clocks, rewards = [], itertools.cycle([100.0, 0.0])
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            clocks.append(-time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            clocks[-1] += time.perf_counter()
+    n, ends, rewards, clock = args.problems or 2, [], itertools.cycle([100.0, 0.0]), transformers.TrainerCallback()
+    clock.on_step_end = lambda *_, **__: ends.append(seconds(time.perf_counter) + time.perf_counter())
+    _, _, notes, questions = opened(args, "bfloat16", n * (args.runs + 1))
     with tempfile.TemporaryDirectory() as out:
-        config = RLOOConfig(
-            out, per_device_train_batch_size=16, gradient_accumulation_steps=n_prompts * args.samples // 16,
-            num_generations=args.samples, max_completion_length=args.tokens, beta=0.0, bf16=True,
-            use_cpu=args.device == "cpu", max_steps=runs + 1, temperature=1.0, gradient_checkpointing=False,
-            report_to=[], save_strategy="no", logging_steps=1000, generation_kwargs={"min_new_tokens": args.tokens})
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-        trainer = RLOOTrainer(
-            model, reward_funcs=lambda completions, **_: [next(rewards) for _ in completions], args=config,
-            train_dataset=Dataset.from_dict({"prompt": prompts[:n_prompts * (runs + 1)]}), callbacks=[Clock()],
-            processing_class=transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left"))
-        trainer.train()
-    return statistics.median(clocks[1:]), train.peak_memory_gb(args.device)
+        RLOOTrainer(
+            load_peer(args, "bfloat16"), lambda completions, **_: [next(rewards) for _ in completions],
+            RLOOConfig(out, per_device_train_batch_size=16, gradient_accumulation_steps=n * args.samples // 16,
+                       num_generations=args.samples, max_completion_length=args.tokens, beta=0.0, bf16=True,
+                       use_cpu=args.device == "cpu", max_steps=args.runs + 1, temperature=1.0, report_to=[],
+                       gradient_checkpointing=False, save_strategy="no", logging_steps=1000,
+                       generation_kwargs={"min_new_tokens": args.tokens}),
+            Dataset.from_list([{"prompt": notes["prompt"].replace("{question}", q)} for q in questions]),
+            processing_class=transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left"),
+            callbacks=[clock]).train()
+    return statistics.median(b - a for a, b in itertools.pairwise(ends)), train.peak_memory_gb(args.device)
+
+
+def together(*jobs):
+    """The results of functions without arguments that run at the same time, each in a process of its own."""
+    with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
+        return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
 def bench_step(args):
-    n_prompts = args.problems or 2
-
-    def alone(function, *arguments):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(function, args, *arguments).result()
-    hard, hard_gb, _ = alone(our_step, "hard", n_prompts, args.runs)
-    print(f"hard: {hard:.1f} s, {hard_gb:.2f} GB", flush=True)
-    soft, soft_gb, foretold_gb = alone(our_step, "soft", n_prompts, args.runs)
-    print(f"soft: {soft:.1f} s, {soft_gb:.2f} GB", flush=True)
-    report("step_soft_vs_hard", soft, hard)
-    report("plan_vs_measured_memory", foretold_gb, soft_gb)
-    trl, trl_gb = alone(trl_step, n_prompts, args.runs)
-    print(f"RLOOTrainer: {trl:.1f} s, {trl_gb:.2f} GB", flush=True)
-    report("step_hard_vs_trl", hard, trl)
-    report("step_memory_vs_trl", hard_gb, trl_gb)
-    many, *_ = alone(our_step, "hard", 4 * n_prompts, args.runs)
-    report("rows_scaling", many, hard)
+    found, n = {}, args.problems or 2
+    for name, given in {"hard": {"mode": "hard"}, "soft": {}, "many": {"mode": "hard", "prompts": 4 * n}}.items():
+        lines, = together(partial(our_steps, args, **given))
+        parts = {part: statistics.median(x[part] for x in lines[1:]) for part in ("generate_s", "train_s")}
+        found[name] = sum(parts.values()), lines[-1]["peak_gb"]
+        say(f"step_{name}", **parts, peak_gb=lines[-1]["peak_gb"])
+    report("step_soft_vs_hard", found["soft"][0], found["hard"][0])
+    report("rows_scaling", found["many"][0], found["hard"][0])
+    if find_spec("trl"):
+        peer, = together(partial(trl_steps, args))
+        report("step_hard_vs_trl", found["hard"][0], peer[0])
+        report("step_memory_vs_trl", found["hard"][1], peer[1])
 
 
-# --------------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation ---------------------------------------------------------------------------------------------------------
 
 def bench_eval(args):
     """Sampling answers to many problems, hard tokens at temperature 1: evaluate() against generate()."""
-    model, tokenizer, notes = load(args.model, torch.bfloat16, args.device)
-    problems = load_problems(args.data, "test")[:args.problems or 64]
-    options = dict(n_samples=args.samples, cot_len=args.tokens - 16, answer_len=8, batch=args.batch,
-                   watch=Watch.build(tokenizer, model.config.vocab_size, args.device))
-    peer, peer_tokenizer = peer_and_tokenizer(args, torch.bfloat16)
-    prompts = [notes["prompt"].replace("{question}", p["question"]) for p in problems]
-    counts, ours, theirs = [], [], []
+    model, tokenizer, notes, questions = opened(args, "bfloat16", 64)
+    prompts, peer = encode_prompts(tokenizer, notes, questions, 0, model.config), load_peer(args, "bfloat16")
+    problems, lengths, size = load_problems(args.data, "test")[:len(questions)], [], args.batch // args.samples
 
-    def run_ours():
-        _, samples = evaluate(model, tokenizer, notes, problems, "hard_sample", **options)
-        counts.append(sum(s["length"] for s in samples) / len(samples))
+    def ours():
+        samples = evaluate(model, tokenizer, problems, "hard_sample", args.samples, notes=notes, batch=args.batch)
+        lengths[:] = [s["length"] for s in samples]
 
-    def run_theirs(n_new):
-        per_batch = args.batch // args.samples
-        for i in range(0, len(prompts), per_batch):
-            peer_generate(peer, peer_tokenizer, prompts[i:i + per_batch], args.samples, n_new)
-    for _ in range(args.runs):  # in turn, so that both see the same machine
-        ours.append(seconds(run_ours))
-        theirs.append(seconds(lambda: run_theirs(round(counts[-1]))))
-        print(f"ours {ours[-1]:.1f} s, generate {theirs[-1]:.1f} s, for {counts[-1]:.1f} tokens a sample", flush=True)
-    report("eval_vs_generate", statistics.median(ours), statistics.median(theirs))
+    def theirs():
+        for i in range(0, len(prompts), size):
+            peer_generate(peer, prompts[i:i + size], args.samples, round(statistics.mean(lengths)))
+    report("eval_vs_generate", *in_turn(args.runs, ours, theirs))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rollout", "loss", "step", "eval"])
+    benches = {name[6:]: run for name, run in globals().items() if name.startswith("bench_")}
+    parser.add_argument("what", choices=benches)
     parser.add_argument("--model", default=os.environ.get("SMOLLM2"), help="checkpoint directory")
     parser.add_argument("--data", default="gsm8k", help="problems")
     parser.add_argument("--problems", type=int, help="default 64 for eval, 2 otherwise")
     parser.add_argument("--samples", type=int, help="of each problem; default 8 for eval, 32 otherwise")
     parser.add_argument("--tokens", type=int, default=128, help="most per sample")
     parser.add_argument("--batch", type=int, default=64, help="rows alive at a time in eval, on both sides")
+    parser.add_argument("--micro_batch", type=int, default=16, help="rows per backward pass")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runs", type=int, default=5, help="after one to warm up")
-    arguments = parser.parse_args()
-    arguments.samples = arguments.samples or (8 if arguments.what == "eval" else 32)
-    if not arguments.model and arguments.what != "loss":
+    parser.add_argument("--quick", action="store_true", help="small and once, to see that it runs")
+    args = parser.parse_args()
+    args.samples = args.samples or (8 if args.what == "eval" else 32)
+    if args.quick:
+        args.tokens, args.samples, args.runs = 32, 8, 1
+    if not args.model and args.what != "loss":
         parser.exit(2, "bench.py: error: --model is missing; name a checkpoint directory, or set SMOLLM2\n")
-    {"rollout": bench_rollout, "loss": bench_loss, "step": bench_step, "eval": bench_eval}[arguments.what](arguments)
+    benches[args.what](args)

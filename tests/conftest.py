@@ -1,3 +1,4 @@
+"""What the tests share: small random models, the untrained tiny model, and scripts run as a user runs them."""
 import contextlib
 import io
 import os
@@ -5,30 +6,24 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SHARED = ROOT.parent / "shared"  # real benchmark files, where there are any
-
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # real benchmark files, where there are any
 from model import Config, Transformer  # noqa: E402
 from sample import load  # noqa: E402
 from train import write_tiny_model  # noqa: E402
 
 
-def random_config(**changes):
-    """A small configuration; tests change what they are about."""
-    values = dict(model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
-                  rope={"rope_type": "default", "rope_theta": 10000.0})
-    return Config(**values | changes)
-
-
 def random_model(seed=0, std=0.3, **changes):
-    """A small random model with weights large enough that its distributions are far from uniform."""
-    model = Transformer(random_config(**changes))
+    """A small model, with weights so large that its distributions are far from uniform. changes: of config.json."""
+    raw = dict(model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+               num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
+    model = Transformer(Config.from_dict(raw | changes))
     model.init_weights(torch.Generator().manual_seed(seed), std=std)
     return model
 
@@ -36,17 +31,17 @@ def random_model(seed=0, std=0.3, **changes):
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory):
     """The checkpoint directory of an untrained tiny model, as train.py makes it."""
-    path = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(path, seed=0)
+    write_tiny_model(path := tmp_path_factory.mktemp("tiny"), seed=0)
     return path
 
 
 @pytest.fixture()
 def tiny(tiny_dir):
-    """(model, tokenizer, notes) of the tiny model, with larger random weights than it starts with."""
-    model, tokenizer, notes = load(tiny_dir)
+    """(model, tokenizer) of the tiny model, with larger random weights: only some thoughts say the stop phrase."""
+    model, tokenizer = load(tiny_dir)
     model.init_weights(torch.Generator().manual_seed(1), std=0.12)
-    return model, tokenizer, notes
+    model.embed_tokens.weight.data[2] *= 1.5  # the stop phrase
+    return model, tokenizer
 
 
 def script(*args, timeout=300):
@@ -57,13 +52,10 @@ def script(*args, timeout=300):
 
 def script_inside(*args):
     """The same in this process, for many short runs: starting Python and importing torch takes seconds."""
-    out, err, before, code = io.StringIO(), io.StringIO(), sys.argv, 0
-    sys.argv = [str(ROOT / args[0]), *map(str, args[1:])]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as e:
-        code = e.code or 0
-    finally:
-        sys.argv = before
+    out, err, code, argv = io.StringIO(), io.StringIO(), 0, [str(ROOT / args[0]), *map(str, args[1:])]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as e:
+            code = e.code or 0
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())

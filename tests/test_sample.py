@@ -1,297 +1,345 @@
-"""sample.py: phases, stopping, randomness, and decoding against a loop without cache, batch or tables."""
-import os
-import platform
-from pathlib import Path
+"""sample.py: tokenizers as people have them, phases, randomness, densities, and a step that a GPU could record."""
+import contextlib
+import itertools
+import json
+from unittest import mock
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import torch.nn.functional as F
+from conftest import random_model
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch.distributions import Categorical, Normal
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from model import InputError, KVCache
-from sample import (ANSWER, COT, DONE, FORCED, FORCED_TEXTS, MODES, NONE, PREFILL, SETTINGS, STOP, THOUGHT, TOKEN, Watch,
-                    advance, continuations, generate, keep_freed_memory, read_box, sample_tokens)
+import sample
+from model import InputError
+from sample import (EVAL, FORCED, MODES, NOBODY, OPENINGS, SETTINGS, STOP, THOUGHT, TOKEN, TRAIN, Recorded, draw_tokens,
+                    encode_behind, encode_prompts, generate, load, read_box)
+from train import score
 
-PROMPTS = ["User: 3+4*2 Assistant:", "User: 7-9 Assistant:", "User: 1*1*1*1 Assistant:"]
-SHORT = dict(cot_len=6, answer_len=3, eos=[1], noise_std=0.1)
+# Tokenizers as people have them
 
-
-def same_rollout(a, b):
-    for name in ("tokens", "kind", "cot_len", "length"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    torch.testing.assert_close(a.logp, b.logp, atol=1e-4, rtol=1e-4)
-    assert a.cots == b.cots and a.answers == b.answers
+PREFIX = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+LLAMA2 = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+KINDS = ["gpt2", "gpt2 with a space", "llama2", "llama2 newer"]
 
 
-def rows_of(out, rows):
-    """A rollout's rows as a rollout."""
-    import dataclasses
-    pick = {k: getattr(out, k)[rows] for k in ("tokens", "kind", "logp", "cot_len", "length")}
-    return dataclasses.replace(out, **pick, cots=[out.cots[r] for r in rows], answers=[out.answers[r] for r in rows])
+def tokenizer_like(kind):
+    """A small BPE tokenizer in the structure of a well-known one; "<s>" is 1, "</s>" 2, and some tokens are longer."""
+    special, letters, space = ["<unk>", "<s>", "</s>", "<new>"], sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ"
+    if "llama2" in kind:
+        letters, space = [f"<0x{i:02X}>" for i in range(256)] + [chr(i) for i in range(33, 127)] + ["▁"], "▁"
+    merges = [(space, "T"), ("i", "s"), ("is", ":"), ("}", "."), ("2", "}."), (space, "\\"), ("x", "{"), ("is:", space)]
+    pieces = [*special, *letters, *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>",
+                                     fuse_unk=True, byte_fallback="llama2" in kind))
+    tokenizer.add_special_tokens(special[:3])
+    tokenizer.decoder = decoders.Sequence(LLAMA2) if "llama2" in kind else decoders.ByteLevel()
+    if kind == "llama2":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = (pre_tokenizers.Metaspace(prepend_scheme="first", split=False) if "llama2" in kind
+                                   else pre_tokenizers.ByteLevel(add_prefix_space="space" in kind))
+    return tokenizer
+
+
+def checkpoint(path, tokenizer, vocab_size=400, prompt_file=None, **files):
+    """Write and load a random model with this tokenizer, and with more JSON files by name."""
+    random_model(vocab_size=vocab_size, eos_token_id=2).save_pretrained(path)
+    tokenizer.save(str(path / "tokenizer.json"))
+    for name, content in ({"soft_tokens": {"prompt": "User: {question} Assistant:"}} | files).items():
+        (path / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return load(path, prompt_file=prompt_file)
+
+
+def prompt_ids(model, tokenizer):
+    return encode_prompts(tokenizer, model.notes, ["3+4"], 1, model.config)[0]
+
+
+def said(model, tokenizer, thought, answer):
+    """The row, and its ids, of a model that says these ids, within a budget of just so many."""
+    at, script = 0, [*thought, *answer, 0]
+
+    def count(rows, *_):
+        nonlocal at
+        at = len(thought) if rows[0].phase == FORCED else at + 1
+    notes = model.notes | {"cot_len": len(thought), "answer_len": len(answer)}
+    with mock.patch.object(model, "logits", lambda hidden: F.one_hot(
+            torch.tensor([script[min(at, len(script) - 1)]]), model.config.vocab_size).float()):
+        out = generate(model, tokenizer, ["3+4"], "hard", greedy=True, notes=notes, on_step=count)
+    return out.rows[0], out.tokens[0, :out.rows[0].length].tolist()
+
+
+THOUGHTS = [f" so — é. {STOP}", f" x {STOP} ", f" {STOP}\n", f" The final {STOP}", f" {STOP} 1", f" {STOP[:-1]}",
+            f" {STOP.lower()}", " The  final answer is:", " 12"]
+ANSWERS = {"12}.": "12", "\\max{1}{2}}": "\\max{1}{2}", "\\max{2}.": None, "é—}}": "é—", "}": "", "7</s>}": None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thoughts_stop_and_boxes_open_and_close_as_the_text_says(kind, tmp_path):
+    tokenizer = tokenizer_like(kind)
+    tokenizer.post_processor = PREFIX
+    model, tokenizer = checkpoint(tmp_path, tokenizer)
+    prompt = prompt_ids(model, tokenizer)
+    for thought, (answer, box) in zip(THOUGHTS, itertools.cycle(ANSWERS.items())):
+        row, ids = said(model, tokenizer, *(encode_behind(tokenizer, text) for text in (thought, answer)))
+        assert row.truncated == (STOP not in thought)
+        cot = thought.partition(STOP)[0] + STOP * (not row.truncated)
+        written = f"User: 3+4 Assistant:{cot}{OPENINGS[row.truncated]}{answer.partition('</s>')[0]}"
+        whole = tokenizer.decode(prompt + ids).removeprefix(" ").replace(f"{STOP}  ", f"{STOP} ")  # of its last token
+        assert whole == written or box is not None and whole.startswith(written[:written.rindex("}")])
+        assert (row.cot.strip(), row.answer, row.eos_in_cot) == (cot.strip(), box, False)
+    row, _ = said(model, tokenizer, [20, 2, 399], [399])  # an end token, and ids that only the model has
+    assert row.eos_in_cot and row.cot_len == 3 and row.answer is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bos_stands_before_a_prompt_exactly_once(kind, tmp_path):
+    says = {"add_bos_token": True, "bos_token": "<s>"}
+    for processor, config, knows in ((PREFIX, {}, True), (PREFIX, says, True), (None, says, True), (None, {}, False),
+                                     (None, says | {"bos_token": {"content": "<s>", "lstrip": False}}, True)):
+        for begin in ("", "<s>"):
+            (tmp_path / "p.txt").write_text(begin + "User: {question} Assistant:\n")
+            tokenizer = tokenizer_like(kind)
+            if processor:
+                tokenizer.post_processor = processor
+            model, tokenizer = checkpoint(tmp_path, tokenizer, prompt_file=tmp_path / "p.txt", tokenizer_config=config)
+            ids = prompt_ids(model, tokenizer)
+            assert ids.count(1) == (ids[0] == 1) == (knows or begin != "")
+            assert tokenizer.decode(ids).strip() == "User: 3+4 Assistant:"
+
+
+def test_padding_and_truncation_are_off_and_ids_beyond_the_model_matter_only_where_they_occur(tmp_path):
+    tokenizer = tokenizer_like("gpt2")
+    expected, size = prompt_ids(*checkpoint(tmp_path, tokenizer)), tokenizer.get_vocab_size()
+    tokenizer.enable_padding(length=100)
+    tokenizer.enable_truncation(8)
+    tokenizer.add_special_tokens(["<x>"])
+    model, tokenizer = checkpoint(tmp_path, tokenizer, vocab_size=size)
+    assert prompt_ids(model, tokenizer) == expected and len(expected) > 8 and model.notes["eos"] == [2]
+    assert len(generate(model, tokenizer, ["3+4"], notes=model.notes | {"cot_len": 2}).rows) == 1
+    for question, named in (("<x>", "tokenizer.json"), ("1" * 250, "context of 256")):
+        with pytest.raises(InputError, match=named):
+            generate(model, tokenizer, ["3+4", question], notes=model.notes | {"cot_len": 2})
+    rms = random_model(vocab_size=400).embed_tokens.weight[:size + 1].square().mean().sqrt().item()
+    assert checkpoint(tmp_path, tokenizer)[0].notes["rms"] == pytest.approx(rms)  # without rows that only pad the table
+
+
+TEMPLATE = "<s>user\n{question}</s>\n<s>assistant</s>\n\n"
+
+
+@pytest.mark.parametrize("content, prompt", [
+    (b"\xef\xbb\xbfQ: {question}\nA:\n", "Q: {question}\nA:"), (b"Q: {question}\r\nA:\r\n\r\n", "Q: {question}\nA:"),
+    (TEMPLATE.encode(), TEMPLATE), (b"<s>Q: {question} A:\n", "<s>Q: {question} A:"), (b"Q: {Question}\n", None),
+    ("Q: {question}".encode("utf-16"), None), (b"", None), (None, None)])
+def test_prompt_files(content, prompt, tmp_path):
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    with contextlib.nullcontext() if prompt else pytest.raises(InputError, match="^--prompt_file .*p.txt: [^\n]*$"):
+        assert checkpoint(tmp_path, tokenizer_like("gpt2"), prompt_file=tmp_path / "p.txt")[0].notes["prompt"] == prompt
+
+
+BROKEN = ["", "{", "[1]", "3", '{"rms": NaN}', '{"rms": Infinity}']
+BROKEN += [{"prompt": x} for x in ("Q", None, 3, ["{question}"])] + [{"rms": x} for x in (0, -1, None)]
+BROKEN += [{key: x} for key in ("cot_len", "answer_len") for x in (0, -1, 2.5, "9", True, None, 1e3)]
+BROKEN += [{"temperature": x} for x in (0.5, None, "soft", {}, [[mode, 1] for mode in MODES], {"soft": 0.5})]
+BROKEN += [{"temperature": MODES | {"soft": x}} for x in (0, -1, "1", None, 1e300, 1e-300, [1], True)]
+
+
+@pytest.mark.parametrize("broken", BROKEN + [{"noise_scale": x} for x in (0, -1, "0.3", [1])], ids=str)
+def test_soft_tokens_json_that_makes_no_sense_is_refused_in_one_line(broken, tmp_path):
+    with pytest.raises(InputError, match="^[^\n]*soft_tokens.json: [^\n]*$"):
+        checkpoint(tmp_path, tokenizer_like("gpt2"), soft_tokens=broken)
 
 
 # Decoding
 
-def naive(model, tokenizer, prompt, mode, cot_len, answer_len, eos):
-    """One greedy row by full forward passes over the embeddings: eq. 1-5 written down once more."""
-    x = model.embed_tokens(torch.tensor(tokenizer.encode(prompt).ids))
-    tokens, thought_text = [], ""
+QUESTIONS = ["3+4*2-5", "7-9", "1*1*1*1"] * 2
 
-    def probabilities(tau):
-        return (model.logits(model(x[None])[0, -1]) / tau).softmax(-1)
-    for _ in range(cot_len):
-        p = probabilities(MODES[mode])
-        tokens.append(p.argmax().item())
-        fed = model.embed_tokens.weight[tokens[-1]] if mode == "hard" else p @ model.embed_tokens.weight
-        x = torch.cat((x, fed[None]))
-        thought_text = tokenizer.decode(tokens)
-        if thought_text.endswith(STOP):
-            break
-    n = len(tokens)
-    opening = FORCED_TEXTS[0] if thought_text.endswith(STOP) else FORCED_TEXTS[1]
-    forced = tokenizer.encode(opening, add_special_tokens=False).ids
-    tokens += forced
-    x = torch.cat((x, model.embed_tokens(torch.tensor(forced))))
-    depth = 1
-    for _ in range(answer_len):
-        tokens.append(probabilities(1.0).argmax().item())
-        x = torch.cat((x, model.embed_tokens.weight[tokens[-1]][None]))
-        text = tokenizer.decode(tokens[-1:])
-        depth += text.count("{") - text.count("}")
-        if depth == 0 or tokens[-1] in eos:
-            break
-    return tokens, n
+
+def think(tiny, mode="soft", n_samples=2, questions=QUESTIONS, cot_len=21, seed=(TRAIN, 0, 3), **options):
+    notes = tiny[0].notes | {"cot_len": cot_len, "answer_len": 3}
+    return generate(*tiny, questions, mode, n_samples, notes=notes, seed=seed, store_thoughts=mode != "hard",
+                    **{"answer_greedy": False} | options)
+
+
+def assert_same(a, b, of_b=slice(None), tolerance=1e-5):
+    """The rows of rollout a are the given rows of rollout b."""
+    used = torch.arange(a.tokens.shape[1]) < torch.tensor([row.length for row in a.rows])[:, None]
+    for name in ("tokens", "chosen", "tau", "logp", "entropy", "thoughts"):
+        if (x := getattr(a, name)) is not None:
+            torch.testing.assert_close(x[used], getattr(b, name)[of_b][used], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@torch.no_grad()
+def test_record_of_a_row_is_what_the_formulas_say_of_one_plain_pass(setting, tiny):
+    (model, tokenizer), (mode, how) = tiny, setting.split("_")
+    greedy, embed = how == "greedy", model.double().embed_tokens.weight  # float64: fuzzy thoughts magnify rounding
+    out = think(tiny, mode, greedy=greedy, answer_greedy=greedy)
+    assert greedy or {row.truncated for row in out.rows} == {True, False}
+    for row, q, ids, *record in zip(out.rows, out.of_row, out.tokens, out.chosen, out.tau, out.logp, out.entropy):
+        chosen, tau, logp, entropy = (x[:row.length] for x in record)
+        c, n, opening = row.cot_len, row.length, encode_behind(tokenizer, OPENINGS[row.truncated])
+        f, fed, prompt, taus = c + len(opening), embed[ids[:n]], out.prompts[q], [MODES[mode]] * c + [1.0] * (n - c)
+        if mode != "hard":
+            fed[:c] = out.thoughts[row.number, :c]
+        logits = model.logits(model(torch.cat((embed[prompt], fed))[None])[0, len(prompt) - 1:-1])
+        policy = Categorical(logits=logits / torch.tensor(taus)[:, None])  # eq. 3
+        expected = policy.log_prob(ids[:n])
+        if mode != "hard":
+            mean = policy.probs[:c].double() @ embed  # eq. 5 and 10
+            expected[:c] = Normal(mean, model.notes["noise_scale"] * model.notes["rms"]).log_prob(fed[:c]).sum(-1)
+            assert not greedy or torch.allclose(fed[:c], mean, atol=1e-6)
+        torch.testing.assert_close(logp, expected.float() * (chosen != NOBODY), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(entropy, Categorical(logits=logits).entropy(), atol=1e-5, rtol=1e-5)
+        assert chosen.tolist() == [TOKEN if mode == "hard" else THOUGHT] * c + [NOBODY] * (f - c) + [TOKEN] * (n - f)
+        assert not record[0][n:].any() and not record[2][n:].any() and torch.equal(tau, torch.tensor(taus))
+        best = [*range(c if greedy or mode != "hard" else 0), *range(f, n if greedy else f)]
+        assert ids[best].tolist() == logits[best].argmax(-1).tolist() and ids[c:f].tolist() == opening
+        assert row.entropy == entropy[:c].tolist() and row.answer == read_box(tokenizer.decode(ids[f:n].tolist()))
+        assert row.cot == tokenizer.decode(ids[:c].tolist()) and row.cot.endswith(STOP) != row.truncated
+
+
+@pytest.mark.parametrize("mode, largest, usual", [("hard", 1e-5, 2e-3), ("soft", 1e-3, 0.1), ("fuzzy", 5e-2, 0.1)])
+def test_log_prob_in_training_is_that_at_sampling(mode, largest, usual, tiny):
+    """In float32 |log pi in training - at sampling| is at most `largest` nats. In bfloat16 a rare slot differs by nats
+    (fuzzy: where the best logits tie), and the mean is at most `usual`."""
+    model, weight, whole = tiny[0], torch.linspace(-1, 1, 12), torch.arange(12)
+    model.norm.weight.data *= 0.05 if mode == "fuzzy" else 1  # logits so close that some nearly tie
+    for dtype, rows in ((torch.bfloat16, whole), (torch.float32, whole), (torch.float32, whole[[7, 1, 10, 6]])):
+        model.to(dtype)
+        for seed in range(4):
+            out = think(tiny, mode, seed=(TRAIN, seed, 0))
+            loss, delta = score(model, out, rows, weight[rows], model.notes["noise_scale"] * model.notes["rms"])
+            assert len(delta) == (out.chosen[rows] != NOBODY).sum()
+            assert delta.mean() < usual if dtype == torch.bfloat16 else delta.max() < largest
+            assert abs(loss - weight[rows] @ out.logp[rows].sum(1)) <= delta.sum() + 0.01
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_greedy_decoding_equals_a_loop_without_cache_or_batch(tiny, mode):
-    model, tokenizer, _ = tiny
-    with torch.no_grad():
-        model.embed_tokens.weight[2] *= 1.5  # STOP comes up sometimes, so that both openings are met
-        out = generate(model, tokenizer, PROMPTS, 1, mode, greedy=True, **SHORT)
-        for i, prompt in enumerate(PROMPTS):
-            tokens, n = naive(model, tokenizer, prompt, mode, 6, 3, [1])
-            assert out.tokens[i, :out.length[i]].tolist() == tokens
-            assert out.cot_len[i] == n
+def test_a_row_depends_on_its_seed_question_and_number_alone(mode, tiny):
+    tiny[0].double()
+    whole, finished = think(tiny, mode), []
+    assert len({row.cot_len for row in whole.rows}) > 2
+    for batch in (1, 5):  # rows enter as others finish
+        assert_same(think(tiny, mode, batch=batch, on_finish=finished.extend), whole)
+    assert sorted(row.number for row in finished) == sorted([*range(12)] * 2)
+    assert_same(think(tiny, mode, rows=[2, 3, 9]), whole, [2, 3, 9])
+    assert_same(think(tiny, mode, n_samples=3, rows=[4, 9, 10], questions=["5*5"] + QUESTIONS[1:]), whole, [3, 6, 7])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_batch_of_unequal_prompts_equals_each_alone(tiny, mode):
-    model, tokenizer, _ = tiny
-    together = generate(model, tokenizer, PROMPTS, 4, mode, answer_greedy=False, seed=(5, 1), **SHORT)
-    for q in range(3):
-        rows = range(4 * q, 4 * q + 4)
-        alone = generate(model, tokenizer, PROMPTS, 4, mode, answer_greedy=False, seed=(5, 1), rows=rows, **SHORT)
-        same_rollout(alone, rows_of(together, list(rows)))
+def test_noise_has_the_given_deviation_and_streams_never_meet(tiny):
+    mean = think(tiny, n_samples=1, cot_len=1, greedy=True).thoughts[:, 0]
+    seeds = (EVAL, 0), (EVAL, 1), (EVAL, 0, 0), (TRAIN, 0, 0), (TRAIN, 0, 1), (TRAIN, 1, 0)
+    noise = torch.cat([think(tiny, n_samples=20, cot_len=1, seed=seed).thoughts[:, 0] - mean.repeat_interleave(20, 0)
+                       for seed in seeds]) / (tiny[0].notes["noise_scale"] * tiny[0].notes["rms"])  # (720, D)
+    assert abs(noise.std() - 1) < 0.01 and abs(noise.mean()) < 0.01
+    assert noise.corrcoef().fill_diagonal_(0).abs().max() < 0.75
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("batch", [2, 5])
-def test_rows_that_enter_as_others_finish_draw_the_same_samples(tiny, mode, batch):
-    model, tokenizer, _ = tiny
-    options = SHORT | dict(cot_len=21, answer_greedy=False, seed=(2,))
-    with torch.no_grad():
-        model.embed_tokens.weight[2] *= 1.5
-    prompts = PROMPTS * 3
-    at_once = generate(model, tokenizer, prompts, 2, mode, **options)
-    assert at_once.cot_len.unique().numel() > 1
-    same_rollout(generate(model, tokenizer, prompts, 2, mode, batch=batch, **options), at_once)
-
-
-def test_prompt_longer_than_all_that_is_cached_enters_and_decodes_as_alone(tiny, monkeypatch):
-    model, tokenizer, _ = tiny
-    with torch.no_grad():
-        model.embed_tokens.weight[2] *= 1.5
-    joined, join = [], KVCache.join
-    monkeypatch.setattr(KVCache, "join", lambda self, other: (
-        joined.append((int(self.prompt_len.max()) + self.length, int(other.prompt_len.max()))), join(self, other)))
-    prompts = ["User: 1 Assistant:"] * 3 + ["User: " + "3+" * 60 + "4 Assistant:"] * 3
-    at_once, entering = (generate(model, tokenizer, prompts, 1, "soft", batch=b, **SHORT | dict(cot_len=21)) for b in (6, 3))
-    assert any(new > old for old, new in joined)
-    same_rollout(entering, at_once)
-
-
-def test_part_of_a_group_draws_the_samples_of_the_whole(tiny):
-    model, tokenizer, _ = tiny
-    whole = generate(model, tokenizer, PROMPTS, 4, "soft", seed=(1,), **SHORT)
-    part = generate(model, tokenizer, PROMPTS, 4, "soft", seed=(1,), rows=range(2, 7), **SHORT)
-    same_rollout(part, rows_of(whole, list(range(2, 7))))
-
-
-def test_seed_decides_the_samples(tiny):
-    model, tokenizer, _ = tiny
-    a, b, c = (generate(model, tokenizer, PROMPTS, 4, "hard", seed=s, **SHORT) for s in ((0, 1), (0, 1), (0, 2)))
-    assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)
-    assert not torch.equal(a.tokens[0], a.tokens[1])  # samples of one prompt differ
-
-
-def test_noise_has_the_given_deviation_and_sampled_density(tiny):
-    model, tokenizer, _ = tiny
-    out = generate(model, tokenizer, PROMPTS[:1], 400, "soft", cot_len=1, answer_len=1, noise_std=0.3, store_thoughts=True)
-    thoughts = out.thoughts[:, 0]
-    with torch.no_grad():
-        hidden = model(torch.tensor([tokenizer.encode(PROMPTS[0]).ids]))[0, -1]
-        mean = model.soft_embedding((model.logits(hidden) / 0.5).softmax(-1))
-    noise = (thoughts - mean) / 0.3
-    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-    density = torch.distributions.Normal(mean, 0.3).log_prob(thoughts).sum(-1)
-    torch.testing.assert_close(out.logp[:, 0], density, atol=1e-3, rtol=1e-4)
-
-
-@pytest.mark.parametrize("V", [4, 6, 512, 768, 1031])
+@pytest.mark.parametrize("V", [4, 1031])
 def test_tokens_are_drawn_with_their_probabilities(V):
-    g = torch.Generator().manual_seed(V)
+    g, n = torch.Generator().manual_seed(V), 100_000
     probs = torch.rand(V, generator=g) * (torch.rand(V, generator=g) < 0.5)
     probs[:2], probs[-2:] = torch.tensor([0.0, V / 8]), torch.tensor([V / 4, 0.0])
     probs /= probs.sum()
-    n = 200_000
-    uniform = (torch.arange(n) + torch.rand(n, generator=g)) / n
-    counts = torch.cat([sample_tokens(probs.expand(2000, V), u) for u in uniform.split(2000)]).bincount(minlength=V) / n
-    torch.testing.assert_close(counts, probs, atol=2e-5, rtol=0)  # a stratified sample: within two counts of 1 / n each
-    edges = sample_tokens(probs.expand(2, V), torch.tensor([0.0, 1 - 2 ** -24]))
-    assert edges.tolist() == [V - 2, 1]  # never one of probability 0
+    uniform = (torch.arange(n) + torch.rand(n, generator=g)) / n  # stratified: each count within two
+    counts = torch.cat([draw_tokens(probs.expand(2000, V), u) for u in uniform.split(2000)]).bincount(minlength=V)
+    torch.testing.assert_close(counts / n, probs, atol=4e-5, rtol=0)
+    assert draw_tokens(probs.expand(2, V), torch.tensor([0, 1 - 2 ** -24])).tolist() == [V - 2, 1]  # not 0 or -1
 
 
-def test_entropy_is_that_of_temperature_one(tiny):
-    model, tokenizer, _ = tiny
-    out = generate(model, tokenizer, PROMPTS[:1], 1, "soft", greedy=True, entropy_every=1, **SHORT)
-    with torch.no_grad():
-        logits = model.logits(model(torch.tensor([tokenizer.encode(PROMPTS[0]).ids]))[0, -1])
-    torch.testing.assert_close(out.entropy[0, 0], torch.distributions.Categorical(logits=logits).entropy())
+# A step that a CUDA graph can record
+
+def tensors_in(*objects):
+    return [x for x in tree_leaves(objects) if isinstance(x, torch.Tensor)]
 
 
-def test_prompt_longer_than_the_context_is_refused(tiny):
-    model, tokenizer, _ = tiny
-    with pytest.raises(InputError, match="context of 256"):
-        generate(model, tokenizer, ["1" * 250], 1, "hard", **SHORT)
+def address(x):
+    return x.untyped_storage().data_ptr()
 
 
-# Phases
+class Tape(TorchDispatchMode):
+    """Does on a CPU what torch.cuda.CUDAGraph does: keeps a step's operations, on tensors that must stay where they
+    are, and runs them again. Fails where a graph would: if the host waits, or if a shape depends on data."""
+    WAITS = "_local_scalar_dense nonzero _unique2 unique_dim unique_consecutive masked_select lift_fresh".split()
+    decoder, replays = None, 0
 
-def test_phases_and_forced_tokens_follow_the_hand_written_trace():
-    """Two rows over the alphabet a, S (ends the phrase), }, {{, E (end of sequence); budget 3, answers of 2 tokens."""
-    a, S, close, open2, E = range(5)
-    matched = torch.tensor([[0, 1, 0, 0, 0], [0, 1, 0, 0, 0]], dtype=torch.uint8)
-    watch = Watch(matched=matched, rise=torch.tensor([0, 0, -1, 2, 0]), low=torch.tensor([0, 0, -1, 0, 0]))
-    zero = torch.zeros(3, dtype=torch.long)
-    live = {k: zero.clone() for k in ("phase", "age", "which", "cursor", "said")}
-    live |= {"matched": zero.to(torch.uint8), "depth": zero + 1}
-    script = [  # tokens of the three rows, then the phases after them
-        ([S, a, E], [PREFILL, COT, COT]),           # row 0 stops at once; the end token does not end row 2's thought
-        ([a, a, a], [ANSWER, COT, COT]),            # row 0: the short opening, one token
-        ([open2, a, S], [ANSWER, PREFILL, PREFILL]),  # row 0 opens braces; row 1 used up its budget, row 2 stopped in time
-        ([a, a, a], [DONE, PREFILL, ANSWER]),       # row 0 said two tokens; row 1: the long opening, two tokens
-        ([a, a, close], [DONE, ANSWER, DONE]),      # row 2 closes the box
-        ([a, E, a], [DONE, DONE, DONE]),            # row 1 ends its answer by the end token
-    ]
-    for tokens, phases in script:
-        live |= advance(live, torch.tensor(tokens), watch, torch.tensor([1, 2]), 3, 2, torch.tensor([E]))
-        assert live["phase"].tolist() == phases
-    assert live["which"].tolist() == [0, 1, 0]
+    def __enter__(self):
+        self.calls, self.made, self.outside = [], set(), {}
+        return super().__enter__()
 
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, inputs = func.overloadpacket.__name__, tensors_in(args, kwargs)
+        assert name not in self.WAITS, f"{func} waits for the device"
+        assert "index" not in name or all(x.dtype != torch.bool for x in inputs[1:]), f"{func}: a shape depends on data"
+        for x in inputs:
+            if address(x) not in self.made | self.outside.keys():
+                self.outside[address(x)] = x.untyped_storage(), x.untyped_storage().clone()
+        out = func(*args, **(kwargs or {}))
+        self.made |= {address(x) for x in tensors_in(out)} - self.outside.keys()
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
 
-def test_kinds_of_slots_are_thoughts_then_forced_then_tokens_then_nothing(tiny):
-    model, tokenizer, _ = tiny
-    for mode, first in (("soft", THOUGHT), ("hard", TOKEN)):
-        out = generate(model, tokenizer, PROMPTS, 2, mode, **SHORT)
-        for r in range(6):
-            c, n = int(out.cot_len[r]), int(out.length[r])
-            forced = tokenizer.encode(FORCED_TEXTS[int(out.truncated[r])], add_special_tokens=False).ids
-            f = len(forced)
-            assert out.tokens[r, c:c + f].tolist() == forced
-            assert set(out.kind[r, :c].tolist()) == {first} and set(out.kind[r, c:c + f].tolist()) == {FORCED}
-            assert set(out.kind[r, c + f:n].tolist()) == {TOKEN} and set(out.kind[r, n:].tolist()) <= {NONE}
-            assert (out.logp[r, c:c + f] == 0).all() and (out.logp[r, n:] == 0).all()
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for storage, before in self.outside.values():  # to record is not to run
+            storage.copy_(before)
+        self.owned = [a if a in self.outside else None for a in self.addresses()]
 
+    def addresses(self):
+        parts = self.decoder, self.decoder.cache, self.decoder.out
+        return [address(x) for part in parts for x in tensors_in([*vars(part).values()])]
 
-@pytest.fixture(scope="module")
-def bpe():
-    """A byte-level BPE tokenizer that splits the stop phrase into several tokens, some of which run over its end."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    text = ["The final answer is: The final answer is known", "so the fin is: \\boxed{{1}} is:\n and }.", "answer}{"] * 20
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return tokenizer
+    def replay(self):
+        assert all(a in (None, b) for a, b in zip(self.owned, self.addresses(), strict=True)), "a tensor has moved"
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tensors_in(out), tensors_in(func(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():  # neither a view nor changed in place
+                    old.copy_(new)
+        Tape.replays += 1
 
 
-@pytest.mark.parametrize("text, stops", [
-    ("So 3. The final answer is:", True), ("The final answer is: ", True), ("The final answer is:\n", True),
-    ("The final answer is", False), ("the final answer is:", False), ("The final answer is: 4", False),
-    ("The final The final answer is:", True), ("TheThe final answer is:", True), ("The  final answer is:", False),
-    ("é The final answer is:", True), ("The final answer is:x The final answer is:", True),
-])
-def test_stop_phrase_is_seen_across_tokens_as_text_would_show_it(bpe, text, stops):
-    watch = Watch.build(bpe, 330)
-    for ids in (bpe.encode(text).ids, [bpe.token_to_id(c) for c in bpe.pre_tokenizer.pre_tokenize_str(text) for c in c[0]]):
-        state = 0
-        for i in ids:
-            state = int(watch.matched[state, i])
-        assert (state == len(STOP)) == stops
-        assert bpe.decode(ids).rstrip().endswith(STOP) == stops  # by decoding everything
+@pytest.fixture()
+def on_gpu(monkeypatch):
+    """Let Recorded record, with tapes for graphs; in a step nothing may go to the host."""
+    refused, to = mock.Mock(side_effect=AssertionError("the step waits for the device")), torch.Tensor.to
+    asks = dict.fromkeys(("tolist", "numpy", "cpu", "__bool__"), refused)
+    asks["to"] = lambda x, *args, **kwargs: (refused if "cpu" in (*args, *kwargs.values()) else to)(x, *args, **kwargs)
+
+    def recorded(step, on_gpu):
+        def guarded(key):
+            with mock.patch.multiple(torch.Tensor, **asks):
+                return step(key)
+        Tape.decoder, Tape.replays = step.__self__, 0
+        return Recorded(guarded, True)
+    monkeypatch.setattr(sample, "Recorded", recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, capture_error_mode: graph)
 
 
-def test_stop_phrase_automaton_equals_decoding_on_random_token_sequences(bpe):
-    watch, g = Watch.build(bpe, 330), torch.Generator().manual_seed(0)
-    phrase = bpe.encode(STOP).ids
-    assert len(phrase) > 2
-    for _ in range(300):
-        ids = torch.randint(bpe.get_vocab_size(), (4,), generator=g).tolist()
-        cut = int(torch.randint(len(phrase) + 1, (), generator=g))
-        ids = ids + phrase[:cut] + (phrase if cut % 2 else phrase[cut:])
-        state = 0
-        for i in ids:
-            state = int(watch.matched[state, i])
-        assert (state == len(STOP)) == bpe.decode(ids).endswith(STOP)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_recorded_step_gives_the_same_bits_through_refill_and_drops(setting, tiny, request):
+    mode, how = setting.split("_")
+    plain = think(tiny, mode, greedy=how == "greedy", batch=5)
+    request.getfixturevalue("on_gpu")
+    assert_same(think(tiny, mode, greedy=how == "greedy", batch=5), plain, tolerance=0)
+    assert Tape.replays > 20
 
 
-def test_brace_tables_count_within_tokens(bpe):
-    watch = Watch.build(bpe, 330)
-    ids = {t: bpe.encode(t, add_special_tokens=False).ids for t in ("}", "{", "}{", "a")}
-    for text, rise, low in (("}", -1, -1), ("{", 1, 0), ("a", 0, 0)):
-        i, = ids[text]
-        assert (watch.rise[i], watch.low[i]) == (rise, low)
-    many = [t for t in bpe.get_vocab() if "}" in t and len(t) > 1]
-    for t in many:
-        i, text = bpe.token_to_id(t), bpe.decode([bpe.token_to_id(t)])
-        depths = [text[:k].count("{") - text[:k].count("}") for k in range(len(text) + 1)]
-        assert (int(watch.rise[i]), int(watch.low[i])) == (depths[-1], min(depths))
-    assert many
+def test_decoding_goes_on_plainly_if_a_step_cannot_be_recorded(on_gpu, tiny, monkeypatch, capsys):
+    plain, refuse = think(tiny), mock.Mock(side_effect=RuntimeError("not permitted when stream is capturing"))
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    assert_same(think(tiny), plain, tolerance=0)
+    assert refuse.call_count == 1 and capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("text, inside", [
-    ("12}.", "12"), ("\\frac{1}{2}}", "\\frac{1}{2}"), ("12", None), ("", None), ("}", ""), ("{a}", None),
-    ("\\{1, 2\\}} and more}", "\\{1, 2\\}")])
-def test_box_is_read_up_to_its_closing_brace(text, inside):
-    assert read_box(text) == inside
-
-
-def test_six_settings():
-    assert SETTINGS == ["hard_greedy", "hard_sample", "soft_greedy", "soft_sample", "fuzzy_greedy", "fuzzy_sample"]
-
-
-def test_continuations_equal_greedy_decoding_of_each_alternative_alone(tiny):
-    model, prompt = tiny[0], [4, 9, 11, 5]
-    g = torch.Generator().manual_seed(0)
-    inputs = 0.3 * torch.randn(5, 2, model.config.hidden_size, generator=g)
-    found = continuations(model, prompt, inputs, 4)
-    for t in range(5):
-        for which in range(2):
-            x = torch.cat((model.embed_tokens(torch.tensor(prompt)), inputs[:t, 0], inputs[t, which][None]))[None]
-            for token in found[t, which].tolist():
-                with torch.no_grad():
-                    assert model.logits(model(x))[0, -1].argmax() == token
-                    x = torch.cat((x, model.embed_tokens(torch.tensor([[token]]))), 1)
-
-
-def test_freed_memory_is_kept():
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("no glibc")
-
-    def resident():  # bytes
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    keep_freed_memory()
-    tensors = [torch.ones(10 ** 7) for _ in range(10)]  # of 40 MB, which glibc would take from the system one by one
-    full = resident()
-    del tensors
-    assert resident() > full - 20e6
+def test_torch_compile_finds_no_break_in_the_step(tiny, monkeypatch):
+    plain = think(tiny, cot_len=2)
+    monkeypatch.setattr(sample, "Recorded", lambda step, on_gpu: Recorded(
+        torch.compile(step, backend="eager", fullgraph=True), False))
+    assert_same(think(tiny, cot_len=2), plain, tolerance=0)

@@ -1,508 +1,390 @@
-"""train.py: the reward, the advantage, what is scored, and that the gradient is the policy gradient."""
+"""train.py: the advantage, what is scored and its gradient, the update, several ranks, and runs that are cut off."""
+import ctypes
+import fcntl
 import itertools
 import json
 import math
-import random
+import multiprocessing.forkserver
+import os
+import pkgutil
+import resource
+import runpy
+import shutil
+import signal
+import sys
 from argparse import Namespace
+from functools import partial
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import random_model
-
-from eval import ARITHMETIC, load_problems
-from model import InputError
-from sample import MODES, NONE, generate, load
-from train import (MOMENTS, PLAN_PROMPT_LEN, checkpoints, distribute, hold_out, learning_rate, memory,
-                   newest_checkpoint, pack, point, questions_of_step, reference_rollout, restore, reward, rloo,
-                   save_checkpoint, score, written_problem)
-
-PROMPTS = ["User: 3+4*2 Assistant:", "User: 7-9 Assistant:"]
-
-
-def test_reward_is_100_10_or_0():
-    assert reward("\\frac{1}{2}", "0.5") == 100 and reward("3", "0.5") == 10 and reward(None, "0.5") == 0
-    assert reward("", "0.5") == 10
-
-
-def test_rloo_equals_the_hand_worked_table():
-    rewards = torch.tensor([[100.0, 10.0, 10.0, 0.0], [10.0, 10.0, 10.0, 10.0]])
-    # row 0: 100 - 20/3, 10 - 110/3, the same, 0 - 120/3
-    expected = torch.tensor([[100 - 20 / 3, 10 - 110 / 3, 10 - 110 / 3, -40.0], [0, 0, 0, 0]])
-    torch.testing.assert_close(rloo(rewards), expected)
-
-
-def test_rloo_baseline_leaves_the_sample_itself_out():
-    a = rloo(torch.tensor([[5.0, 1.0, 2.0]]))
-    b = rloo(torch.tensor([[9.0, 1.0, 2.0]]))
-    assert b[0, 0] - a[0, 0] == 4  # the baseline of a sample does not depend on its own reward
-
-
-# What is scored is what was sampled
-
-def rollout_of(tiny, mode, **changes):
-    model, tokenizer, _ = tiny
-    options = dict(cot_len=7, answer_len=3, eos=[1], noise_std=0.1, answer_greedy=False, store_thoughts=True, seed=(4,))
-    return generate(model, tokenizer, PROMPTS, 6, mode, **options | changes)
-
-
-def scored(model, rollout, rows, weight=1.0, tau=1.0, noise_std=0.1):
-    """score() with its log-probs themselves: the loss, logp and that at sampling (b, N), and where they count."""
-    rows = torch.tensor(rows)
-    loss, delta, used = score(model, rollout, rows, torch.full((len(rows),), weight), tau, noise_std)
-    sampled = rollout.logp[rows, :delta.shape[1]]
-    return loss, sampled + delta, sampled, used
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_log_prob_at_sampling_equals_log_prob_in_training(tiny, mode):
-    with torch.no_grad():
-        tiny[0].norm.weight.mul_(5)  # at tau = 0.0001 a near-tie magnifies rounding; decided logits have none
-    rollout = rollout_of(tiny, mode)
-    for rows in ([*range(12)], [3], [11, 0, 5]):  # any padding, any micro-batch
-        _, logp, sampled, chosen = scored(tiny[0], rollout, rows, tau=MODES[mode])
-        assert chosen.sum() > 4 * len(rows)
-        torch.testing.assert_close(logp[chosen], sampled[chosen], atol=1e-4, rtol=1e-4)
-
-
-ELSEWHERE = [("hidden", 0), ("logits", 0), ("logits", 5)]  # noise_at, noise_top_k
-
-
-@pytest.mark.parametrize("noise_at, top_k", ELSEWHERE)
-def test_log_prob_at_sampling_equals_training_with_the_noise_elsewhere(noise_at, top_k, tiny):
-    rollout = rollout_of(tiny, "soft", noise_at=noise_at, noise_top_k=top_k, noise_std=0.7)
-    width = {"hidden": 64, "logits": top_k or 24}[noise_at]
-    assert rollout.thoughts.shape[-1] == width and (rollout.support is None) == (top_k == 0)
-    for rows in ([*range(12)], [11, 0, 5]):
-        _, logp, sampled, chosen = scored(tiny[0], rollout, rows, tau=0.5, noise_std=0.7)
-        torch.testing.assert_close(logp[chosen], sampled[chosen], atol=1e-3, rtol=1e-4)
-        thinks = chosen & (rollout.kind[rows, :chosen.shape[1]] == 2)
-        z = logp[thinks] + width * math.log(0.7 * math.sqrt(2 * math.pi))  # -|noise|^2 / 2, of mean -width / 2
-        assert z.mean() == pytest.approx(-width / 2, rel=0.4) and z.max() < 0
-
-
-def test_log_prob_at_sampling_equals_training_at_another_temperature(tiny):
-    rollout = rollout_of(tiny, "hard", temperature=0.7)
-    _, logp, sampled, chosen = scored(tiny[0], rollout, [*range(12)], tau=0.7)
-    torch.testing.assert_close(logp[chosen], sampled[chosen], atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(scored(tiny[0], rollout, [*range(12)])[1], logp, atol=1e-2)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_bfloat16_action_is_scored_as_it_was_fed(tiny, mode):
-    tiny[0].to(torch.bfloat16)
-    rollout = rollout_of(tiny, mode)
-    assert rollout.thoughts is None or rollout.thoughts.dtype == torch.bfloat16
-    _, logp, sampled, chosen = scored(tiny[0], rollout, [*range(12)], tau=MODES[mode])
-    assert (logp - sampled)[chosen].abs().median() < 0.1
-
-
-def test_pack_holds_each_prompt_once_and_the_slots_of_its_rows(tiny):
-    rollout = rollout_of(tiny, "soft")
-    for rows, n_prompts in (([7, 2, 8], 2), ([9, 6], 1)):
-        prompts, of_row, tokens, thoughts, _, kind, in_cot, _ = pack(rollout, torch.tensor(rows))
-        assert len(prompts) == n_prompts
-        for i, r in enumerate(rows):
-            n, c = int(rollout.length[r]), int(rollout.cot_len[r])
-            assert prompts[of_row[i]] == tiny[1].encode(PROMPTS[r // 6]).ids
-            assert torch.equal(tokens[i, :n], rollout.tokens[r, :n]) and torch.equal(kind[i, :n], rollout.kind[r, :n])
-            assert (kind[i, n:] == NONE).all() and thoughts.shape[:2] == tokens.shape
-            assert torch.equal(thoughts[i, :c], rollout.thoughts[r, :c])
-            assert in_cot[i].nonzero()[:, 0].tolist() == [*range(c)]
-
-
-def test_prefilled_tokens_have_no_weight_and_the_last_token_has(tiny):
-    rollout = rollout_of(tiny, "hard")
-    _, logp, _, chosen = scored(tiny[0], rollout, [*range(12)])
-    for r in range(12):
-        c, n = int(rollout.cot_len[r]), int(rollout.length[r])
-        forced = int((rollout.kind[r] == 3).sum())
-        assert forced and not chosen[r, c:c + forced].any() and (logp[r, c:c + forced] == 0).all()
-        assert chosen[r, n - 1] and logp[r, n - 1] < 0  # the token that ended the answer
-
-
-def test_end_of_sequence_token_gets_gradient(tiny):
-    model, tokenizer, notes = tiny
-    rollout = reference_rollout([{"question": "1+1", "answer": "2", "solution": "1+1=2"}], tokenizer, notes, "cpu")
-    assert rollout.tokens[0, -1] == notes["eos"][0]
-    _, logp, _, chosen = scored(model, rollout, [0])
-    assert chosen[0, -1] and logp[0, -1] < 0
-
-
-def test_supervised_loss_is_the_cross_entropy_of_the_solution(tiny):
-    model, tokenizer, notes = tiny
-    problems = [{"question": "1+1", "answer": "2", "solution": "1+1=2"}, {"question": "1+1*3", "answer": "6", "solution": "1"}]
-    rollout = reference_rollout(problems, tokenizer, notes, "cpu")
-    n = int(rollout.length.sum())
-    loss, *_ = scored(model, rollout, [0, 1], weight=-1 / n)
-    total = 0.0
-    for p in problems:
-        prompt = tokenizer.encode(f"User: {p['question']} Assistant:").ids
-        text = tokenizer.encode(f" {p['solution']} The final answer is: \\boxed{{{p['answer']}}}.").ids + notes["eos"]
-        logits = model.logits(model(torch.tensor([prompt + text])))[0, len(prompt) - 1:-1]
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(text), reduction="sum")
-    torch.testing.assert_close(loss, total / n)
-
-
-# The policy gradient
-
-def test_no_gradient_flows_through_stored_thoughts(tiny):
-    rollout = rollout_of(tiny, "soft")
-    rollout.thoughts.requires_grad_()
-    loss, *_ = scored(tiny[0], rollout, [0, 1, 2], tau=0.5)
-    loss.backward()
-    assert rollout.thoughts.grad is None or not rollout.thoughts.grad.any()
-    assert tiny[0].embed_tokens.weight.grad.abs().sum() > 0
-
-
-def small_policy(tied):
-    """A float64 model of width 2, so that the noise can be integrated on a grid."""
-    model = random_model(vocab_size=4, hidden_size=2, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1,
-                         num_key_value_heads=1, head_dim=2, tie_word_embeddings=tied, rms_norm_eps=1.0, std=0.8).double()
-    return model
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("noise_at, top_k", [("embedding", 0), ("hidden", 0), ("logits", 0), ("logits", 2)])
-def test_soft_policy_gradient_is_the_gradient_of_the_expected_reward(noise_at, top_k, tied):
-    """One thought and one answer token: J = sum over noise (Gauss-Hermite) and answers of pi R, differenced numerically,
-    against the score-function gradient of eq. 8-10 in the same expectation."""
-    model, tau, sigma = small_policy(tied), 0.5, 0.4
-    prompt, R = torch.tensor([1, 3, 0]), torch.tensor([100.0, 10.0, 0.0, 40.0], dtype=torch.float64)
-    width = 4 if (noise_at, top_k) == ("logits", 0) else 2
-    x, w = np.polynomial.hermite.hermgauss(40 if width == 2 else 14)
-    nodes = torch.tensor([*itertools.product(x, repeat=width)]) * math.sqrt(2)  # (n, width) standard normals
-    mass = torch.tensor([math.prod(c) for c in itertools.product(w, repeat=width)]) / math.pi ** (width / 2)
-    support = None
-
-    def distribution():
-        hidden = model(prompt[None])[0, -1]
-        head, embed = model.lm_head.weight, model.embed_tokens.weight
-        if noise_at == "embedding":
-            thoughts = (head @ hidden / tau).softmax(-1) @ embed + sigma * nodes  # eq. 6
-            fed = thoughts
-        elif noise_at == "hidden":
-            thoughts = hidden + sigma * nodes
-            fed = (thoughts @ head.T / tau).softmax(-1) @ embed
-        else:
-            ids = torch.arange(4) if support is None else support
-            thoughts = (head @ hidden)[ids] + sigma * nodes
-            fed = (thoughts / tau).softmax(-1) @ embed[ids]
-        inputs = torch.cat((embed[prompt].expand(len(nodes), 3, 2), fed[:, None]), 1)
-        return thoughts, (model(inputs)[:, -1] @ head.T).softmax(-1)  # (n, width), (n, V)
-    if top_k:
-        support = (model.lm_head.weight @ model(prompt[None])[0, -1]).topk(2).indices
-
-    def expected_reward():
-        with torch.no_grad():
-            return (mass[:, None] * distribution()[1] * R).sum().item()
-
-    with torch.no_grad():
-        thoughts, answers = distribution()
-    n = len(nodes) * 4
-    tokens = torch.arange(4).repeat(len(nodes))[:, None].expand(n, 2)
-    stored = torch.zeros(n, 2, width, dtype=torch.float64)
-    stored[:, 0] = thoughts.repeat_interleave(4, 0)
-    is_thought = torch.tensor([True, False]).expand(n, 2)
-    weight = -(mass[:, None] * answers * R).view(n, 1).expand(n, 2)  # the probability of each case times -R
-    of_row = torch.zeros(n, dtype=torch.long)
-    loss, _ = model.log_prob([prompt.tolist()], of_row, tokens, stored, is_thought, weight,
-                             torch.where(is_thought, tau, 1.0), sigma, noise_at=noise_at,
-                             support=None if support is None else support.expand(n, 2, 2))
-    loss.backward()
-
-    g = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        direction = torch.randn(p.shape, generator=g, dtype=torch.float64)
-        values = []
-        for step in (1e-5, -1e-5):
-            with torch.no_grad():
-                p.add_(step * direction)
-                values.append(expected_reward())
-                p.sub_(step * direction)
-        slope = (values[0] - values[1]) / 2e-5
-        assert -(p.grad * direction).sum().item() == pytest.approx(slope, rel=1e-3, abs=1e-4), name
-
-
-def test_hard_policy_gradient_is_the_gradient_of_the_expected_reward():
-    """Two tokens, all 16 cases enumerated."""
-    model, prompt = small_policy(True), torch.tensor([1, 3, 0])
-    cases = torch.tensor([*itertools.product(range(4), repeat=2)])
-    R = torch.linspace(0, 100, 16, dtype=torch.float64)
-
-    def probabilities():
-        rows = torch.cat((prompt.expand(16, 3), cases), 1)
-        logp = (model(rows) @ model.lm_head.weight.T).log_softmax(-1)[:, 2:4]
-        return logp.gather(-1, cases[..., None]).sum((1, 2)).exp()
-    expected = torch.autograd.grad((probabilities() * R).sum(), [*model.parameters()])
-    weight = -(probabilities().detach() * R)[:, None].expand(16, 2)
-    loss, _ = model.log_prob([prompt.tolist()], torch.zeros(16, dtype=torch.long), cases, None,
-                             torch.zeros(16, 2, dtype=torch.bool), weight, 1.0, None)
-    loss.backward()
-    for p, e in zip(model.parameters(), expected):
-        torch.testing.assert_close(-p.grad, e)
-
-
-def test_baseline_does_not_change_the_expected_gradient_but_its_variance(tiny):
-    """RLOO is unbiased: over all reward patterns of independent samples its mean advantage is R - E[R]."""
-    p = torch.tensor([0.2, 0.5, 0.3])
-    R = torch.tensor([100.0, 10.0, 0.0])
-    expected = torch.zeros(3)  # E[A; outcome], summed over the first sample's outcomes
-    for outcome in itertools.product(range(3), repeat=3):
-        o = list(outcome)
-        expected[o[0]] += p[o].prod() * rloo(R[o][None])[0, 0]
-    torch.testing.assert_close(expected, p * (R - (p * R).sum()))
-
-
-# Weights and checkpoints
-
-def test_bfloat16_training_accumulates_in_float32_masters():
-    model = random_model()
-    masters = distribute(model, torch.bfloat16, "cpu")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert {m.dtype for m in masters.values()} == {torch.float32}
-    ids = torch.randint(61, (2, 5))
-    grads = []
-    for _ in range(2):
-        loss, _ = model.log_prob([[1, 2]], torch.tensor([0, 0]), ids, None, torch.zeros(2, 5, dtype=torch.bool),
-                                 torch.ones(2, 5), 1.0, None)
-        loss.backward()
-        assert all(p.grad is None for p in model.parameters())
-        grads.append({k: m.grad.clone() for k, m in masters.items()})
-    for k in masters:
-        assert grads[0][k].dtype == torch.float32 and grads[0][k].abs().sum() > 0
-        torch.testing.assert_close(grads[1][k], 2 * grads[0][k])
-
-
-def training(path, dtype=torch.float32):
-    """(model, float32 masters, AdamW, notes) of a checkpoint directory."""
-    model, _, notes = load(path)
-    masters = distribute(model, dtype, "cpu")
-    return model, masters, torch.optim.AdamW(masters.values(), lr=1e-2, fused=True), notes
-
-
-def update(model, masters, optimizer):
-    """One step of a made-up supervised loss."""
-    tokens = torch.tensor([[3, 4, 5, 6]])
-    loss, _ = model.log_prob([[1, 2]], torch.tensor([0]), tokens, None, torch.zeros(1, 4, dtype=torch.bool),
-                             -torch.ones(1, 4), 1.0, None)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    for p, m in zip(model.parameters(), masters.values()):
-        p.data.copy_(m.detach())
-
-
-def save_in(out, step, trained, source, dtype="float32"):
-    *parts, notes = trained
-    save_checkpoint(out / f"step-{step:06d}", *parts, {"step": step}, source, notes, Namespace(dtype=dtype))
-    return out / f"step-{step:06d}"
-
-
-def test_saved_checkpoint_is_an_ordinary_one_that_transformers_and_its_tokenizer_load(tiny, tiny_dir, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    trained = training(tiny_dir)
-    for _ in range(2):  # the second one replaces the first
-        update(*trained[:3])
-        path = save_in(tmp_path, 1, trained, tiny_dir, "bfloat16")
-    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
-    peer = transformers.AutoModelForCausalLM.from_pretrained(path)
-    peer_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    text = "User: 1+2 Assistant: 1+2=3 The final answer is: \\boxed{3}."
-    _, tokenizer, notes = tiny
-    assert peer_tokenizer(text).input_ids == tokenizer.encode(text).ids
-    assert peer_tokenizer.decode(peer_tokenizer(text).input_ids) == text
-    assert peer_tokenizer.eos_token_id == peer.generation_config.eos_token_id == notes["eos"][0]
-    assert peer.dtype == torch.bfloat16
-    again, _, loaded = load(path)
-    ids = torch.tensor([tokenizer.encode(text).ids])
-    with torch.no_grad():
-        torch.testing.assert_close(peer.float()(ids).logits, again.logits(again(ids)), atol=2e-4, rtol=0)
-    assert loaded["rms"] == notes["rms"] and loaded["prompt"] == notes["prompt"]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_restored_training_goes_on_bit_for_bit(dtype, tiny_dir, tmp_path):
-    trained = training(tiny_dir, getattr(torch, dtype))
-    for _ in range(3):
-        update(*trained[:3])
-    path = save_in(tmp_path, 3, trained, tiny_dir, dtype)
-    restored = training(path, getattr(torch, dtype))
-    assert restore(path, *restored[1:3]) == {"step": 3, "updates": 3}
-    for _ in range(2):
-        update(*trained[:3])
-        update(*restored[:3])
-    for (name, a), b in zip(trained[1].items(), restored[1].values()):
-        assert torch.equal(a, b), name
-        assert all(torch.equal(trained[2].state[a][k], restored[2].state[b][k]) for k in ("step", *MOMENTS))
-
-
-def test_failed_save_leaves_the_checkpoint_before_it_and_nothing_else(tiny_dir, tmp_path, monkeypatch):
-    trained = training(tiny_dir)
-    before = save_in(tmp_path, 1, trained, tiny_dir)
-
-    def fail(*_, **__):
-        raise OSError("no space left on device")
-    monkeypatch.setattr("train.on_disk", fail)
-    with pytest.raises(OSError):
-        save_in(tmp_path, 2, trained, tiny_dir)
-    assert [*tmp_path.iterdir()] == checkpoints(tmp_path) == [before] and newest_checkpoint(tmp_path) == before
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "training/masters.safetensors", "training/exp_avg.safetensors",
-                                  "training/state.json", "training/manifest.json", "config.json"])
-@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
-def test_damaged_checkpoint_is_named_and_gone_around(file, harm, tiny_dir, tmp_path, capsys):
-    trained = training(tiny_dir)
-    update(*trained[:3])
-    first, second = (save_in(tmp_path, step, trained, tiny_dir) for step in (1, 2))
-    assert newest_checkpoint(tmp_path) == second
-    victim, content = second / file, (second / file).read_bytes()
-    if harm == "flip":
-        victim.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    elif harm == "truncate":
-        victim.write_bytes(content[:-9])
-    else:
-        victim.unlink()
-    assert newest_checkpoint(tmp_path) == first
-    assert str(second) in capsys.readouterr().err
-    (first / file).unlink()
-    with pytest.raises(InputError, match="every checkpoint"):
-        newest_checkpoint(tmp_path)
-    save_in(tmp_path, 2, trained, tiny_dir)  # the damaged one is replaced
-    assert newest_checkpoint(tmp_path) == second
-
-
-def test_link_to_the_best_is_replaced(tmp_path):
-    for name in ("step-000001", "step-000002"):
-        (tmp_path / name).mkdir()
-        point(tmp_path / "best", tmp_path / name)
-        assert (tmp_path / "best").resolve() == (tmp_path / name).resolve()
-    (tmp_path / "best.new").symlink_to("step-000001")  # left over by a kill
-    point(tmp_path / "best", tmp_path / "step-000001")
-    assert (tmp_path / "best").resolve().name == "step-000001" and not (tmp_path / "best.new").is_symlink()
-
-
-# Where the gradient comes from, and what is kept for it
-
-def gradient(model, rollout, mode, source=None):
-    model.zero_grad()
-    g = torch.Generator().manual_seed(0)
-    loss, *_ = score(model, rollout, torch.arange(12), torch.randn(12, generator=g), MODES[mode], 0.1, source)
-    loss.backward()
-    return {name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_gradient_sources_add_up_to_the_gradient(mode, tiny):
-    model, rollout = tiny[0], rollout_of(tiny, mode)
-    whole = gradient(model, rollout, mode)
-    sources = ("logits", "embedding", "answer") if mode != "hard" else ("logits", "answer")
-    parts = {source: gradient(model, rollout, mode, source) for source in sources}
-    for name, g in whole.items():
-        torch.testing.assert_close(sum(p[name] for p in parts.values()), g, atol=1e-4 * float(g.abs().max()), rtol=1e-4)
-    assert all(any(g.any() for g in p.values()) for p in parts.values())
-    if mode != "hard":  # E directly: no other parameter
-        assert {name for name, g in parts["embedding"].items() if g.any()} == {"embed_tokens.weight"}
-
-
-def test_activation_checkpointing_changes_no_gradient(tiny):
-    model, rollout = tiny[0], rollout_of(tiny, "soft")
-    plain = gradient(model, rollout, "soft")
-    model.activation_checkpointing = True
-    for name, g in gradient(model, rollout, "soft").items():
-        torch.testing.assert_close(g, plain[name], msg=name)
-
-
-# Schedules and data
-
-def test_learning_rate_warms_up_and_follows_a_cosine():
-    args = Namespace(lr=2.0, warmup=4, steps=12)
-    rates = [learning_rate(s, args) for s in range(13)]
-    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
-    assert rates[8] == pytest.approx(1.0) and rates[12] == pytest.approx(0.0)
-    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
-
-
-def test_no_question_of_validation_is_trained_on():
-    problems = [{"question": str(n // 2), "answer": str(n)} for n in range(40)]  # each question is there twice
-    val, rest = hold_out(problems, 8)
-    questions = [[p["question"] for p in part] for part in (val, rest)]
-    assert len(val) == 8 and not set(questions[0]) & set(questions[1])
-    assert set(questions[0]) | set(questions[1]) == {str(n) for n in range(20)}
-    assert len(rest) == 40 - 2 * len(set(questions[0]))
-    assert hold_out(problems, 8) == (val, rest) and hold_out(problems, 40)[1] == []
-
-
-def test_questions_of_steps_go_through_the_data_in_a_new_order_each_epoch():
-    problems = [{"n": i} for i in range(10)]
-    drawn = [p["n"] for step in range(5) for p in questions_of_step(problems, step, 4, seed=3)]
+import torch.distributed as dist
+import torch.distributed.run
+import torch.nn.functional as F
+from conftest import ROOT, random_model, script, script_inside
+from safetensors.torch import load_file, save_file
+
+import train
+from eval import judge, load_problems
+from model import Transformer
+from sample import MODES, TRAIN, generate, load
+from train import learning_rate, questions_of_step, rloo, score
+
+TOY = dict(mode="soft", dtype="float32", steps=5, prompts=3, samples=5, val_size=2, cot_len=4, answer_len=12, lr=1e-3,
+           warmup=2, eval_every=1, micro_batch=4)
+
+
+@pytest.fixture(scope="session")
+def toy(tiny_dir, tmp_path_factory):
+    """The command line of a run on a small file, from the untrained tiny model: toy(out, *more, **changes)."""
+    file = tmp_path_factory.mktemp("toy") / "toy.jsonl"
+    file.write_text("".join(json.dumps(
+        {"question": f"{i // 2}+1", "answer": f"{i % 9}", "solution": "1+1=2;" * (i % 4 + 1)}) + "\n" for i in range(40)))
+    return lambda out, *more, **changes: ["train.py", *more, *(str(part) for name, value in (
+        TOY | {"out": out, "model": tiny_dir, "data": file} | changes).items() for part in (f"--{name}", value))]
+
+
+def log_of(out):
+    """The lines of a log, without what depends on the clock and on the machine."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith("_s") and k != "peak_gb"} for line in lines]
+
+
+def state_of(out):
+    """The weights and AdamW's state of a run."""
+    return load_file(out / "last" / "model.safetensors"), load_file(out / "last" / "training" / "optimizer.safetensors")
+
+
+def test_reward_of_ones_own_changes_the_reward_alone(monkeypatch):
+    assert [train.reward(v, None) for v in ("correct", "wrong", "error", "unparsed")] == [100, 10, 10, 0]
+    rows = [Namespace(answer=a, truncated=False, cot_len=4, eos_in_cot=False, entropy=[1.0, 3.0], length=9)
+            for a in ("5", "6", "\\frac{", None)]
+    rollout = Namespace(rows=rows, chosen=torch.tensor([[1] * 9 + [0]] * 4))
+    before = train.grade(rollout, ["5"] * 4, "own")
+    assert before[:, :4].tolist() == [[100, 1, 0, 0], [10, 0, 0, 0], [10, 0, 0, 1], [0, 0, 1, 0]]
+    assert before[0].tolist()[4:] == [0, 4, 0, 2, 9]
+    monkeypatch.setattr(train, "reward", lambda verdict, row: 100 - row.length)
+    after = train.grade(rollout, ["5"] * 4, "own")
+    assert after[:, 0].tolist() == [91] * 4 and torch.equal(after[:, 1:], before[:, 1:])
+
+
+def test_advantage_learning_rate_and_the_questions_of_a_step(toy, tiny_dir):
+    table = torch.tensor([[100 - 20 / 3, 10 - 110 / 3, 10 - 110 / 3, -40.0], [0, 0, 0, 0]])
+    torch.testing.assert_close(rloo(torch.tensor([[100.0, 10.0, 10.0, 0.0], [10.0, 10.0, 10.0, 10.0]])), table)
+    rewards = torch.randn(4, 7, dtype=torch.float64)
+    plain = [[g[i] - (sum(g[:i]) + sum(g[i + 1:])) / 6 for i in range(7)] for g in rewards.tolist()]
+    torch.testing.assert_close(rloo(rewards), torch.tensor(plain, dtype=torch.float64))
+    rates = [learning_rate(step, Namespace(lr=2.0, warmup=4, steps=12)) for step in range(13)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[8] == pytest.approx(1) and rates[12] == pytest.approx(0)
+    drawn = [p for step in range(5) for p in questions_of_step(range(10), step, 4, seed=3)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == [*range(10)] and drawn[:10] != drawn[10:]
-    assert drawn[8:12] == [p["n"] for p in questions_of_step(problems, 2, 4, seed=3)]
+    assert drawn[8:12] == questions_of_step(range(10), 2, 4, seed=3) != questions_of_step(range(10), 2, 4, seed=4)
+    args = Namespace(mode="hard", data=toy(0)[-1], val_size=8, seed=1, cot_len=9, answer_len=9)
+    trained, val = ({p["question"] for p in part} for part in train.load_data(args, *load(tiny_dir)))
+    assert not trained & val and len(trained | val) == 20  # the file asks everything twice
 
 
-def test_written_problems_are_half_careful_and_never_of_val_or_test():
-    rng = random.Random(0)
-    problems = [written_problem(rng) for _ in range(3000)]
-    assert 0.45 < sum(p["solution"][1] in "+-*" for p in problems) / len(problems) < 0.55  # arithmetic, arithmetic100
-    steps = [s for p in problems for s in p["solution"].split(";") if s[1] == "*"]
-    misread = [s for s in steps if int(s[4]) != int(s[0]) * int(s[2]) % 10]
-    assert all(int(s[4]) == (int(s[0]) + int(s[2])) % 10 for s in misread)
-    same = sum(a * b % 10 == (a + b) % 10 for a in range(10) for b in range(10)) / 100
-    assert len(misread) / len(steps) == pytest.approx((1 - same) / 2, abs=0.03)
-    known = {p["question"] for task in ARITHMETIC for split in ("val", "test") for p in load_problems(task, split, 512)}
-    assert not known & {p["question"] for p in problems}
+def plain_loss(model, rollout, weight, noise_std):
+    """The weighted sum of log pi over every action of every row, by the formulas: a row's whole text in one pass, no
+    cache, no chunks. Which slots are actions is read off the row's lengths: all but the forced words."""
+    loss, E, thoughts = 0.0, model.embed_tokens.weight, rollout.thoughts
+    for i, row in enumerate(rollout.rows):
+        prompt, tokens, c = rollout.prompts[row.question], rollout.tokens[i, :row.length], row.cot_len
+        x = E[torch.cat((torch.tensor(prompt), tokens))]
+        if thoughts is not None:
+            x = torch.cat((x[:len(prompt)], thoughts[i, :c], x[len(prompt) + c:]))
+        hidden = model(x[None, :-1])[0, len(prompt) - 1:]
+        tau = torch.where(torch.arange(row.length) < c, rollout.tau[i, 0], 1.0)[:, None]
+        log_p = (hidden @ model.lm_head.weight.T / tau).log_softmax(-1)
+        logp = log_p.gather(-1, tokens[:, None])[:, 0]
+        if thoughts is not None:
+            density = torch.distributions.Normal(log_p[:c].exp() @ E, noise_std).log_prob(thoughts[i, :c])
+            logp = torch.cat((density.sum(-1), logp[c:]))
+        loss = loss + weight[i] * (logp[:c].sum() + logp[c + len(row.openings[row.truncated]):].sum())
+    return loss
 
 
-def test_tiny_model_is_what_the_readme_says(tiny_dir):
-    model, tokenizer, _ = load(tiny_dir)
-    assert 140_000 < sum(p.numel() for p in model.parameters()) < 160_000
-    assert tokenizer.get_vocab_size() == model.config.vocab_size
-    text = " 3+4=7;7*2=4 The final answer is: \\boxed{4}."
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    with pytest.raises(InputError):
-        load(tiny_dir / "nothing")
-    assert json.loads((tiny_dir / "soft_tokens.json").read_text())["prompt"] == "User: {question} Assistant:"
+@pytest.mark.parametrize("mode", MODES)
+def test_score_has_the_value_and_the_gradient_of_the_plain_formula(mode, tiny_dir):
+    """In float64, in any micro-batches of rows in any order; and the gradient is that of finite differences."""
+    model, tokenizer = load(tiny_dir, torch.float64)
+    model.init_weights(torch.Generator().manual_seed(1), std=0.1)
+    model.notes |= {"cot_len": 5, "answer_len": 9}
+    rollout = generate(model, tokenizer, ["3+4*2", "7-9", "1*2*3-4"], mode, 3, answer_greedy=False,
+                       store_thoughts=mode != "hard", seed=(TRAIN, 0, 0))
+    n_actions = [row.length - len(row.openings[row.truncated]) for row in rollout.rows]
+    assert len({*n_actions}) > 1  # some are padded
+    generator, noise_std = torch.Generator().manual_seed(2), 0.33 * model.notes["rms"]
+    parameters = [*model.parameters()]
+    weight, *directions = (torch.randn(shape, generator=generator, dtype=torch.float64)
+                           for shape in ((9,), *(p.shape for p in parameters)))
+    weight[4] = 0
+    expected = plain_loss(model, rollout, weight, noise_std)
+    gradients = torch.autograd.grad(expected, parameters)
+    for parts in ([[*range(9)]], [[8, 1, 4, 3], [0, 7], [2], [6, 5]]):
+        model.zero_grad()
+        losses, deltas = zip(*(score(model, rollout, torch.tensor(part), weight[part], noise_std) for part in parts))
+        sum(losses).backward()
+        torch.testing.assert_close(sum(losses), expected)
+        for p, g in zip(parameters, gradients):
+            torch.testing.assert_close(p.grad, g, atol=1e-9 * float(g.abs().max()), rtol=1e-7)
+        assert len(torch.cat(deltas)) == sum(n_actions) - n_actions[4] and torch.cat(deltas).quantile(0.9) < 1e-3
+    values, h = [], 1e-6 * MODES[mode]
+    for step in (h, -2 * h):
+        for p, d in zip(parameters, directions):
+            p.data.add_(d, alpha=step)
+        values.append(plain_loss(model, rollout, weight, noise_std).item())
+    slope = sum((p.grad * d).sum().item() for p, d in zip(parameters, directions))
+    assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-4)
 
 
-# The plan of memory
+def test_update_is_clipped_adamw_on_the_policy_gradient_if_finite(toy, tiny_dir, tmp_path, monkeypatch):
+    """The first of two steps against the same by hand: rows without an advantage are not scored."""
+    scored, log_prob = [], Transformer.log_prob
 
-@pytest.mark.parametrize("again", [False, True], ids=["", "activation_checkpointing"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_plan_counts_what_is_kept_for_the_backward_pass(dtype, again):
-    """The tensors that autograd saves in each layer, counted one by one, against the formula."""
-    P, b, N = PLAN_PROMPT_LEN, 4, 40
-    wide = dict(hidden_size=64, intermediate_size=200, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    def spy(self, *args):
+        scored.extend(args[5].abs().amax(1).tolist())  # the weights
+        loss, logp = log_prob(self, *args)
+        return loss * (math.nan if log_of(tmp_path) else 1), logp  # in the second step
+    monkeypatch.setattr(Transformer, "log_prob", spy)
+    done = script_inside(*toy(tmp_path, steps=2, samples=4, prompts=6, seed=5, data="arithmetic"))
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load(tiny_dir)
+    model.notes |= {"cot_len": 4, "answer_len": 12}
+    batch = questions_of_step(load_problems("arithmetic", "train", 8192), 0, 6, 5)
+    rollout = generate(model, tokenizer, [p["question"] for p in batch], "soft", 4, answer_greedy=False,
+                       store_thoughts=True, seed=(TRAIN, 5, 0))
+    R = torch.tensor([0.0 if row.answer is None else 100.0 if judge(row.answer, batch[i // 4]["answer"]) == "correct"
+                      else 10.0 for i, row in enumerate(rollout.rows)])
+    A, line = rloo(R.view(6, 4)).flatten(), log_of(tmp_path)[0]
+    some = A[A != 0].abs() / 24
+    assert line["reward"] == pytest.approx(R.mean().item()) and 0 < line["zero_advantage"] < 1
+    assert sorted(scored[:len(some)]) == pytest.approx(sorted(some.tolist()))
+    plain_loss(model, rollout, -A / 24, 0.33 * model.notes["rms"]).backward()
+    assert line["grad_norm"] == pytest.approx(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item(), rel=1e-3)
+    torch.optim.AdamW(model.parameters(), lr=1e-3 / 2, betas=(0.9, 0.95), weight_decay=0).step()
+    weights, moments = state_of(tmp_path)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(moments[f"{name}.exp_avg"], 0.1 * p.grad, atol=1e-6, rtol=1e-2, msg=name)
+        clear = p.grad.abs() > 1e-5  # below that rounding may turn a gradient's sign, which is a whole step of AdamW
+        torch.testing.assert_close(weights[f"model.{name}"][clear], p[clear].detach(), atol=2e-6, rtol=0, msg=name)
+    assert log_of(tmp_path)[1]["grad_norm"] is None and moments["norm.weight.step"] == 1
 
-    def saved(n_layers):
-        model, kept = random_model(num_hidden_layers=n_layers, **wide).to(dtype), {}
-        model.activation_checkpointing = again
-        parameters = {p.data_ptr() for p in model.parameters()}
 
-        def count(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes(), tensor
-            return tensor
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            tokens, none = torch.ones(b, N, dtype=torch.long), torch.zeros(b, N, dtype=torch.bool)
-            model.log_prob([[1] * P], none[:, 0].long(), tokens, None, none, torch.ones(b, N), 1.0, None)
-        in_cache = 2 * 32 * dtype.itemsize * (P + b * N) * n_layers if again else 0  # held by the KVCache itself
-        return in_cache + sum(n for n, _ in kept.values())
-    args = Namespace(dtype=str(dtype).removeprefix("torch."), device="cpu", cot_len=N - 12 - 4, answer_len=4, prompts=1,
-                     samples=b, mode="hard", activation_checkpointing=again)
-    more, fewer = (memory(args, random_model(num_hidden_layers=n, **wide), 1, b)["activations"] for n in (3, 2))
-    assert more - fewer == pytest.approx(saved(3) - saved(2), rel=0.1)
+def test_supervised_loss_is_cross_entropy_and_bfloat16_keeps_float32_masters(toy, tiny_dir, tmp_path):
+    """Three steps in two micro-batches; in bfloat16 alone updates of 6e-6 would round away."""
+    before, (model, tokenizer) = load_file(tiny_dir / "model.safetensors"), load(tiny_dir)
+    problems, _ = train.load_data(
+        Namespace(mode="sft", val_size=2, cot_len=4, answer_len=12, data=toy(0)[-1]), model, tokenizer)
+    total = n = 0
+    for p in questions_of_step(problems, 0, 6, 0):
+        prompt = tokenizer.encode(f"User: {p['question']} Assistant:").ids
+        text = tokenizer.encode(f" {p['solution']} The final answer is: \\boxed{{{p['answer']}}}.<eos>").ids
+        logits = model.logits(model(torch.tensor([prompt + text])))[0, len(prompt) - 1:-1]
+        total, n = total + F.cross_entropy(logits, torch.tensor(text), reduction="sum").item(), n + len(text)
+    moved = {}
+    for dtype, error in (("float32", 1e-5), ("bfloat16", 1e-3)):
+        out = tmp_path / dtype
+        done = script_inside(*toy(out, mode="sft", dtype=dtype, lr=6e-6, steps=3, warmup=1, prompts=6))
+        assert done.returncode == 0 and log_of(out)[0]["loss"] == pytest.approx(total / n, rel=error), done.stderr
+        after = state_of(out)[0]
+        moved[dtype] = torch.cat([(after[k] - before[k]).flatten() for k in before])
+    rounded = torch.cat([(after[k].bfloat16() == before[k].bfloat16()).flatten() for k in before])
+    assert rounded.double().mean() > 0.8 and (moved[dtype] != 0).double().mean() > 0.9 and moved[dtype].abs().max() < 2e-5
+    assert F.cosine_similarity(*moved.values(), 0) > 0.97
 
 
-def test_plan_shares_the_weights_among_ranks(tmp_path):
-    args = Namespace(dtype="bfloat16", device="cuda", cot_len=128, answer_len=32, prompts=2, samples=32, mode="soft",
-                     activation_checkpointing=False)
-    model = random_model(num_hidden_layers=3)
-    one, eight = (memory(args, model, ranks, 8) for ranks in (1, 8))
-    n = sum(p.numel() for p in model.parameters())
-    assert one["optimizer"] == 8 * n and eight["optimizer"] == n and one["weights"] == 4 * n
-    assert one["copy that generates"] == eight["copy that generates"] == 2 * n > eight["copy that scores"]
-    assert one["thoughts"] == 8 * eight["thoughts"] == 64 * 128 * 32 * 2
-    sizes = [memory(args, model, 1, b)["peak"] for b in (1, 8, 64)]
-    assert sizes[0] < sizes[1] < sizes[2]
+# Several ranks, and runs that are cut off: in processes forked from one that has imported everything
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["test_train", "torch._dynamo"])
+
+
+def signal_at(place, n, number):
+    """From now on the n-th call of a function, like "os.rename", sends a signal to this process before it begins."""
+    owner, _, name = place.rpartition(".")
+    owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
+    real = getattr(owner, name)
+
+    def spoilt(*args, **kwargs):
+        if next(calls) == n:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+    setattr(owner, name, spoilt)
+
+
+def child(rank, world, port, screen, argv, harm):
+    for stream in (1, 2):
+        os.dup2(os.open(screen, os.O_WRONLY | os.O_APPEND), stream)
+    if world > 1:
+        os.environ |= dict(zip(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+                               map(str, (rank, rank, world, "localhost", port))))
+    if rank == world - 1 or not argv:
+        harm()
+    if argv:
+        sys.argv = argv
+        runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(argv, harm, ranks): a run whose last rank calls harm() first; without argv all ranks call harm() alone. Returns
+    the last rank's exit status, and the screen."""
+    folder, count = tmp_path_factory.mktemp("screens"), itertools.count(20000 + os.getpid() % 9999)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(Path(__file__).parent))))
+        multiprocessing.forkserver.ensure_running()
+
+    def run(argv, harm=int, ranks=1):
+        screen = folder / str(port := next(count))
+        screen.touch()
+        processes = [FORK.Process(target=child, args=(r, ranks, port, screen, argv, harm)) for r in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in reversed(processes):
+            process.join(60)
+            process.kill()  # the others, where the last one was killed
+        return processes[-1].exitcode, screen.read_text()
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    status, said = run(toy(out))
+    assert status == 0 and sum(line["grad_norm"] > 0 for line in log_of(out)) >= 3, said
+    return out
+
+
+def assert_same(out, other, exact=True):
+    """Two runs have the same results, bit for bit; or up to rounding, which turns the sign of some gradients near 0."""
+    logs, (weights, moments), (weights2, moments2) = (log_of(out), log_of(other)), state_of(out), state_of(other)
+    assert len(logs[0]) == len(logs[1]) == TOY["steps"] and (logs[0] == logs[1] or not exact)
+    for one, two in zip(*logs):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    apart = torch.cat([(weights[k] - weights2[k]).abs().flatten() for k in weights])
+    assert (apart > 1e-4 * (not exact)).double().mean() <= 1e-3 * (not exact) and moments.keys() == moments2.keys()
+    for k, m in moments2.items():
+        tolerance = dict(atol=0, rtol=0) if exact else dict(atol=1e-3 * float(m.abs().max()), rtol=1e-2)
+        torch.testing.assert_close(moments[k], m, **tolerance, msg=k)
+    texts = [[(path / name).read_text().replace(str(path), "") for name in (
+        "summary.json", "last/soft_tokens.json", "last/training/state.json", "val.jsonl")] for path in (out, other)]
+    assert texts[0] == texts[1] or not exact
+    assert {p.name for p in out.iterdir()} == {"best", "last", "log.jsonl", "summary.json", "val.jsonl"}
+
+
+def test_run_killed_at_any_moment_resumes_to_the_same_bits_and_log(uninterrupted, run, toy, tmp_path):
+    """kill -9 before, between and after the renames, while files are written, linked or removed, and inside a step."""
+    out, seen = tmp_path / "out", set()
+    for place, n in [*(("os.rename", n) for n in (1, 2, 3, 4, 5, 6, 3)), ("os.sync", 1), ("os.sync", 4), ("os.link", 3),
+                     ("os.unlink", 5), ("torch.optim.AdamW.step", 1), ("torch.Tensor.backward", 2)]:
+        status, said = run(toy(out, "--resume"), partial(signal_at, place, n, signal.SIGKILL))
+        names = {p.name for p in out.iterdir()}
+        seen |= names & {"last.new", "best.new", "best.old"} | ({"last.old"} & names if "last" not in names else set())
+        assert status == -signal.SIGKILL, (place, n, said)
+    assert seen == {"last.new", "best.new", "best.old", "last.old"}
+    status, said = run(toy(out, "--resume"))
+    assert status == 0, said
+    assert_same(out, uninterrupted)
+
+
+def test_signals_and_a_full_disk_end_the_run_and_it_goes_on(uninterrupted, run, toy, tmp_path):
+    for i, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
+        status, said = run(toy(tmp_path, "--resume"), partial(signal_at, "torch.optim.AdamW.step", 1, number))
+        assert status == 0 and "--resume" in said.splitlines()[-1] and not (tmp_path / "summary.json").exists(), said
+        state = json.loads((tmp_path / "last" / "training" / "state.json").read_text())
+        assert state["step"] == len(log_of(tmp_path)) == i + 1
+    status, said = run(toy(tmp_path, "--resume"), partial(resource.setrlimit, resource.RLIMIT_FSIZE, (900_000, 900_000)))
+    errors = [line for line in said.splitlines() if "error:" in line]  # only AdamW's state was larger than that
+    assert status == 2 and len(errors) == 1 and "last.new" in errors[0] and "Traceback" not in said, said
+    status, said = run(toy(tmp_path, "--resume"))
+    assert status == 0, said
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_two_ranks_equal_one_and_each_goes_on_from_the_others_checkpoint(uninterrupted, run, toy, tmp_path):
+    """Three groups of five rows: one is split. The second rank alone gets a signal. torchrun starts the last part."""
+    end = partial(signal_at, "torch.optim.AdamW.step", 1)
+    for ranks, n_lines in ((2, 1), (1, 2), (2, 3)):
+        status, said = run(toy(tmp_path, "--resume"), partial(end, signal.SIGTERM), ranks)
+        assert status == 0 and said.count("with --resume") == 1 and len(log_of(tmp_path)) == n_lines, said
+    assert run(toy(tmp_path, "--resume"), partial(end, signal.SIGKILL), 2)[0] == -signal.SIGKILL
+    (tmp_path / "last").rename(tmp_path / "last.old")  # as if between two renames: one of the ranks puts it back
+    done = script(torch.distributed.run.__file__, "--standalone", "--nproc_per_node", 2, ROOT / "train.py",
+                  *toy(tmp_path, "--resume")[1:])
+    assert done.returncode == 0 and done.stdout.count("step 5/5") == 1, done.stderr
+    assert_same(tmp_path, uninterrupted, exact=False)
+
+
+def load_shards(folder, share, largest):
+    """Load a checkpoint as one of two ranks, and measure the memory that this takes at its peak."""
+    def memory(key):
+        return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+    dist.init_process_group("gloo")
+    ctypes.CDLL(None).mallopt(-3, 2 ** 20)  # M_MMAP_THRESHOLD: what is freed goes back at once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, args = memory("VmRSS"), Namespace(device="cpu", dtype="bfloat16")
+    model = Transformer.from_pretrained(folder, prepare=lambda model: train.shard(model, args))
+    peak = memory("VmHWM") - before
+    assert sum(p.to_local().numel() * 4 for p in model.parameters()) < 1.05 * share < peak < 1.5 * share + largest, peak
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux tells it")
+def test_each_of_two_ranks_loads_its_share_alone(run, tmp_path):
+    model = random_model(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=999)
+    sizes = [p.numel() * 4 for p in model.parameters()]
+    model.save_pretrained(tmp_path)
+    for name, w in load_file(tmp_path / "model.safetensors").items():  # a file for each, for whole files are mapped
+        save_file({name: w}, tmp_path / f"model-{name}.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    status, said = run(None, partial(load_shards, tmp_path, sum(sizes) / 2, max(sizes)), 2)
+    assert status == 0 and "Traceback" not in said, said
+
+
+def test_log_that_was_deleted_or_cut_is_put_right_and_an_out_in_use_is_refused(uninterrupted, toy, tmp_path):
+    lines = (uninterrupted / "log.jsonl").read_text().splitlines(keepends=True)
+    for text, n_kept in (("", 0), ("".join(lines), 3), ("".join(lines[:2]) + lines[2][:30], 2)):
+        (tmp_path / "log.jsonl").write_text(text)
+        with train.open_log(tmp_path, 3) as log:
+            log.write(lines[3])
+        assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:n_kept] + lines[3:4])
+    with open(uninterrupted / "log.jsonl") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        done = script_inside(*toy(uninterrupted, "--resume"))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "another run" in done.stderr, done.stderr
+        assert log.readlines() == lines
+    for flag, value in [("lr", 2e-3), ("mode", "hard"), ("steps", 6), ("seed", 4), ("cot_len", 9), ("dtype", "bfloat16"),
+                        ("prompts", 4), ("temperature", 0.7), ("model", "elsewhere"), ("data", "gsm8k")]:
+        done = script_inside(*toy(uninterrupted, "--resume", **{flag: value}))
+        assert done.returncode == 2 and f"--{flag} {value}" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = script_inside(*toy(uninterrupted))
+    assert done.returncode == 2 and "--resume" in done.stderr  # nor is a run overwritten without that flag
+
+
+def test_checkpoint_keeps_the_files_and_keys_of_its_base_and_transformers_loads_it(tiny_dir, toy, tmp_path):
+    base, out = shutil.copytree(tiny_dir, tmp_path / "base"), tmp_path / "out"
+    config = json.loads((base / "config.json").read_text()) | {"max_window_layers": 21, "eos_token_id": [1, 0], "own": {}}
+    (base / "config.json").write_text(json.dumps(config))
+    kept = ["tokenizer.model", "merges.txt", "vocab.json", "chat_template.jinja", "special_tokens_map.json"]
+    for name in (*kept, "model.safetensors.index.json"):  # the last one is of weights in several files, and is not kept
+        (base / name).write_text("{}")
+    done = script_inside(*toy(out, model=base, steps=1, dtype="bfloat16"))
+    assert done.returncode == 0, done.stderr
+    for path in (out / "best", out / "last"):
+        assert {p.name for p in path.iterdir()} == {p.name for p in tiny_dir.iterdir()} | {"training", *kept}
+        saved = json.loads((path / "config.json").read_text())
+        assert config | {"dtype": "bfloat16"} == saved | {"dtype": saved.get("torch_dtype", saved.get("dtype"))}
+        assert (path / "model.safetensors").stat().st_mode == (path / "config.json").stat().st_mode
+        assert {t.dtype for t in load_file(path / "model.safetensors").values()} == {torch.float32}  # the masters
+    model, tokenizer = load(path)
+    assert model.notes["rms"] == load(base)[0].notes["rms"] and model.notes["prompt"] == "User: {question} Assistant:"
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    for name in kept:
+        (path / name).unlink()  # nonsense, which it would read
+    peer = transformers.AutoModelForCausalLM.from_pretrained(path)
+    text = "User: 1+2 Assistant: 1+2=3 The final answer is: \\boxed{3}."
+    ids = transformers.AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
+    assert ids.tolist() == [tokenizer.encode(text).ids] and peer.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(peer.float()(ids).logits, model.bfloat16().float().logits(model(ids)), atol=1e-3, rtol=0)

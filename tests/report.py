@@ -1,0 +1,289 @@
+"""
+Tables and pictures for the README, from results files of eval.py and logs of train.py.
+
+    python tests/report.py table results/*.json                      # mean ± standard deviation over seeds
+    python tests/report.py compare hard results/*.json               # differences from hard, paired over seeds
+    python tests/report.py compare base.json soft.json               # single runs, paired over problems
+    python tests/report.py plot results/*.json --plot tiny.png       # greedy accuracy, pass@k, entropy by position
+    python tests/report.py curves out/*/log.jsonl --plot curves.png  # share of right samples by step
+    python tests/report.py checkpoints results/*.json --against hard --plot paths.png
+
+Results are named NAME-SEED.json or NAME-sSEED.json, logs by their folder; `checkpoints` takes NAME-SEED-STEP.json, and
+NAME-SEED.json as step 0 of every run with that seed. Shares are in percent, entropy (at temperature 1) and likelihoods
+in nats; ± and the bands of pictures are one standard deviation over seeds; intervals are 95 %, by Student's t over
+seeds or by bootstrap over problems. Names stand in the order of the files.
+"""
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eval import bootstrap, pass_at_k  # noqa: E402
+from model import InputError, read_json  # noqa: E402
+from sample import SETTINGS, Parser  # noqa: E402
+
+COLORS = {"base": "#555555", "hard": "#0072B2", "soft": "#D55E00", "fuzzy": "#009E73"}  # other names get C4, C5, ...
+LIKELIHOODS = ("letter_accuracy", "text_accuracy", "nll", "letter_nll")
+NATS = ("nll", "entropy")  # how the names of columns end that are no shares
+MAY_DIFFER = {"model", "weights", "seed", "out", "settings", "data", "batch", "device", "files", "base", "plot"}
+
+
+def split_number(text):
+    """A name and the number behind it: ("soft", 1) for "soft-1" and "soft-s1"; (text, None) where there is none.
+    An exponent is none: "soft-1e-4" is a name, and "soft-1e-4-0" and "soft-1e-4-s0" are seed 0 of it."""
+    match = re.fullmatch(r"(.+)(?:-s|(?<![0-9.][eE])-)([0-9]+)", text)
+    return (match[1], int(match[2])) if match else (text, None)
+
+
+def read_lines(path):
+    """The objects in a .jsonl file. A last line that an interrupted run left incomplete is dropped, with a note."""
+    try:
+        *lines, rest = Path(path).read_text(encoding="utf-8").split("\n")
+        if rest:
+            print(f"note: {path} ends in half a line, which is left out; the run was interrupted")
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: {e}; give a file that eval.py or train.py wrote") from None
+
+
+def read_results(args):
+    """[((name, number), task, setting, figures)] of results files, after a note on what was not measured alike."""
+    rows, conditions = [], {}
+    for file in args.files:
+        content, stem = read_json(file), Path(file).stem
+        settings, results = content.get("args", {}), content.get("results")
+        if not isinstance(results, dict) or split_number(stem) in (row[0] for row in rows):
+            raise InputError(f"{file}: not a results file, or the second of its name and number; leave it out")
+        conditions[stem] = (settings if isinstance(settings, dict) else {"args": settings}) | content.get("run", {})
+        rows += [(split_number(stem), task, setting, figures)
+                 for task in args.tasks or results for setting, figures in results.get(task, {}).items()
+                 if setting in args.settings or setting not in SETTINGS]
+    if not rows:
+        raise InputError("the files hold nothing of these --tasks and --settings; name others")
+    note_differences(conditions)
+    return rows
+
+
+def note_differences(conditions):
+    """Print what differs between evaluations, {name: {condition: value}}, apart from the model: budgets, say."""
+    for key in sorted(set().union(*conditions.values()) - MAY_DIFFER):
+        values = {name: str(of[key])[:60] for name, of in conditions.items() if key in of}
+        if len({*values.values()}) > 1:
+            print(f"note: {key} differs: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+
+
+def columns_of(setting, figures):
+    """The figures of a setting that are tabled, {column: value}."""
+    columns = {key.replace("_", " "): figures[key] for key in LIKELIHOODS if key in figures}
+    if setting in SETTINGS:
+        (mode, how), entropy = setting.split("_"), figures.get("entropy")
+        columns[f"{mode} {how}"] = figures["pass@1"]
+        if how == "sample":
+            most = max((key for key in figures if key.startswith("pass@")), key=lambda key: int(key[5:]))
+            columns[f"{mode} {most}"] = figures[most]
+        if how == "sample" and entropy:  # over all positions of all samples
+            columns[f"{mode} entropy"] = np.average(entropy["mean"], weights=entropy["n_rows"])
+    return columns
+
+
+def read_records(files):
+    """The cells (see `paired`) of single runs, by problem instead of seed, from the records of their samples."""
+    cells, conditions = defaultdict(dict), {}
+    for file in files:
+        first, *samples = read_lines(Path(file).with_suffix(".jsonl")) or [{}]
+        if not samples or not all({"task", "problem"} <= s.keys() for s in samples):
+            raise InputError(f"{file}: the .jsonl beside it holds no samples; name what --out of eval.py named")
+        conditions[file], groups, n = first.get("run", {}), defaultdict(dict), defaultdict(int)
+        for s in samples:
+            key = s["task"], s.get("setting"), (s["problem"], s.get("question"))
+            groups[key][s.get("sample")] = s  # a repeated line counts once
+            n[key[:2]] = max(n[key[:2]], len(groups[key]))
+        for (task, setting, problem), group in groups.items():
+            if len(group) == n[task, setting]:  # else the run was interrupted in this problem
+                for column, value in columns_of(setting, figures_of([*group.values()])).items():
+                    cells[task, column, file][problem] = value
+    note_differences(conditions)
+    return cells
+
+
+def figures_of(samples):
+    """The figures of one problem, as a results file has them of all."""
+    if "verdict" not in samples[0]:
+        return samples[0]
+    n, entropy = len(samples), [h for s in samples for h in s["entropy"]]
+    right = sum(s["verdict"] == "correct" for s in samples)
+    return {"pass@1": right / n, f"pass@{n}": pass_at_k(n, right, n),
+            "entropy": entropy and {"mean": entropy, "n_rows": [1] * len(entropy)}}
+
+
+def t_interval(values):
+    """The 95 % interval of the mean of values (n,), n >= 2, by Student's t. The quantile comes from a fine grid: with
+    n - 1 degrees of freedom and t = sqrt(n - 1) tan(angle), the density of the angle is cos(angle)^(n - 2)."""
+    n, angle = len(values), np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(angle) ** (n - 2)
+    area = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    t = math.sqrt(n - 1) * math.tan(np.interp(0.95 * area[-1], area, angle))
+    return np.mean(values) + np.array([-t, t]) * np.std(values, ddof=1) / math.sqrt(n)
+
+
+def paired(cells, other):
+    """The differences of cells, {(title, column, name): {seed: value}}, from those of the name `other`, by seed."""
+    if not {other} < {name for *_, name in cells}:
+        raise InputError(f"{other}: no such name, or no other; give NAME of a file NAME-SEED.json and files to compare")
+    return {(f"{title}, minus {other}", column, name): {
+                seed: value - cells[title, column, other][seed] for seed, value in seeds.items()
+                if seed in cells.get((title, column, other), ())}
+            for (title, column, name), seeds in cells.items() if name != other}
+
+
+def text_of(column, values, n, interval):
+    """A cell: mean ± standard deviation of values; or, of differences, mean [interval]. Fewer than n are counted."""
+    digits, values = (4, values) if column.endswith(NATS) else (1, [100 * v for v in values])
+    text = f"{np.mean(values):{'+' if interval else ''}.{digits}f}" if values else ""
+    if len(values) > 1 and interval:
+        text += " [{:+.{d}f}, {:+.{d}f}]".format(*interval(values), d=digits)
+    elif len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text + (f" (n = {len(values)})" if len(values) < n else "")
+
+
+def print_tables(cells, interval=None):
+    """Print a Markdown table for each title; n counts seeds, or problems."""
+    for title in dict.fromkeys(title for title, *_ in cells):
+        part = {key[1:]: [*seeds.values()] for key, seeds in cells.items() if key[0] == title}
+        n = {name: max(len(values) for (_, of), values in part.items() if of == name) for _, name in part}
+        print(f"\n| {title} | " + " | ".join(f"{name} (n = {n[name]})" for name in n) + " |")
+        print("|" + " --- |" * (1 + len(n)))
+        for column in dict.fromkeys(column for column, _ in part):
+            texts = [text_of(column, part.get((column, name), []), n[name], interval) for name in n]
+            print(f"| {column} | " + " | ".join(texts) + " |")
+
+
+def table(args):
+    """The commands `table` and `compare`."""
+    other, cells = args.files.pop(0) if args.command == "compare" else None, defaultdict(dict)
+    if other and other.endswith(".json"):
+        return print_tables(paired(read_records([other, *args.files]), other), bootstrap)
+    for (name, seed), task, setting, figures in read_results(args):
+        for column, value in columns_of(setting, figures).items():
+            cells[task, column, name][seed] = value
+    print_tables(paired(cells, other), t_interval) if other else print_tables(cells)
+
+
+def plot(args):
+    """Panels (see `draw`) of greedy accuracy, pass@k and entropy by position, for each task."""
+    panels = defaultdict(lambda: defaultdict(list))
+    for (name, _), task, setting, figures in (row for row in read_results(args) if row[2] in SETTINGS):
+        (mode, how), entropy = setting.split("_"), figures["entropy"]
+        if how == "greedy":  # a level line at a place of its own
+            lines = panels[f"{task}: greedy", ""]
+            place = [*lines, (name, mode)].index((name, mode))
+            lines[name, mode].append(([place, place + 0.7], [figures["pass@1"]] * 2))
+            continue
+        ks = sorted(int(key[5:]) for key in figures if key.startswith("pass@"))
+        panels[f"{task}: pass@k", "k"][name, mode].append((ks, [figures[f"pass@{k}"] for k in ks]))
+        if entropy:  # as far as a tenth of the samples still think
+            end = sum(n >= 0.1 * entropy["n_rows"][0] for n in entropy["n_rows"])
+            panels[f"{task}: entropy", "position in thought"][name, mode].append((range(end), entropy["mean"][:end]))
+    draw(panels, args.plot)
+
+
+def curves(args):
+    """A panel of the share of right samples by step of training; a point is the mean of ten steps."""
+    lines = defaultdict(list)
+    for file in args.files:
+        share = {row.get("step"): row.get("accuracy") for row in read_lines(file)}
+        if len(share) < 10 or None in (*share, *share.values()):
+            raise InputError(f"{file}: not ten steps of reinforcement learning; give OUT/log.jsonl files")
+        x, y = np.array(sorted(share.items()))[:len(share) // 10 * 10].reshape(-1, 10, 2).mean(1).T
+        lines[split_number(Path(file).absolute().parent.name)[0], ""].append((x, y))
+    draw({("right samples in training", "step"): lines}, args.plot)
+
+
+def at_level(x, y, level):
+    """y where x first rises to level, on straight lines between neighbouring points; None where it never does."""
+    for x0, x1, y0, y1 in zip(x, x[1:], y, y[1:]):
+        if x0 <= level <= x1:
+            return y0 + (y1 - y0) * (level - x0) / (x1 - x0) if x1 > x0 else y0
+
+
+def checkpoints(args):
+    """Tables of all figures at equal greedy accuracy and at the end; panels of each against greedy accuracy."""
+    runs, starts, start_names = defaultdict(lambda: defaultdict(dict)), defaultdict(dict), set()
+    cells, panels = defaultdict(dict), defaultdict(lambda: defaultdict(list))
+    for (run, number), task, setting, figures in read_results(args):
+        name, seed = split_number(run)
+        start_names |= {name} if seed is None else set()
+        point = starts[number] if seed is None else runs[name, seed][number]
+        point |= {f"{task}: {column}": value for column, value in columns_of(setting, figures).items()}
+    paths = {(name, seed): [starts[seed]] * (seed in starts) + [run[step] for step in sorted(run)]
+             for (name, seed), run in runs.items()}
+    points = [point for path in paths.values() for point in path]
+    greedy = next((column for point in points for column in point if column.endswith("greedy")), None)
+    if len(start_names) > 1 or greedy is None or any(point.keys() != points[0].keys() for point in points):
+        raise InputError("checkpoints: give files NAME-SEED-STEP.json, and NAME-SEED.json of one NAME, all with the "
+                         "same tasks and settings, a greedy one among them")
+    levels = args.at or [100 * min(max(point[greedy] for point in path) for path in paths.values())]
+    for ((name, seed), path), column in ((item, column) for column in points[0] for item in paths.items()):
+        x, y = [point[greedy] for point in path], [point[column] for point in path]
+        for level in levels if column != greedy else ():
+            value = at_level(x, y, level / 100)
+            cells[f"at {level:.1f} % {greedy}", column, name] |= {} if value is None else {seed: value}
+        cells["at the end", column, name][seed] = y[-1]
+        if column != greedy:
+            panels[column, f"{greedy}, %"][name, ""].append((100 * np.array(x), y))
+    print_tables(cells)
+    if args.against:
+        print_tables(paired(cells, args.against), t_interval)
+    if args.plot:
+        draw(panels, args.plot)
+
+
+def draw(panels, path):
+    """Draw {(title, x label): {(name, mode): [(x, y) of each seed]}}, by seeds' mean and standard deviation."""
+    if not panels or not str(path).endswith((".png", ".svg")):
+        raise InputError(f"--plot {path}: nothing to draw, or not the name of a .png or .svg to draw it to")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from None
+    names, modes = (dict.fromkeys(line[i] for lines in panels.values() for line in lines) for i in (0, 1))
+    n_columns, n_rows, handles = min(3, len(panels)), -(-len(panels) // 3), {}
+    figure = Figure((max(6, 3.3 * n_columns), 0.5 + 2.8 * n_rows), dpi=160, layout="constrained")
+    for i, ((title, x_label), lines) in enumerate(panels.items()):
+        axis, scale = figure.add_subplot(n_rows, n_columns, i + 1), 1 if title.endswith(NATS) else 100
+        for (name, mode), seeds in lines.items():
+            end = min(len(x) for x, _ in seeds)
+            x, y = np.mean([x[:end] for x, _ in seeds], 0), scale * np.array([y[:end] for _, y in seeds])
+            mean, sd = y.mean(0), y.std(0, ddof=len(y) > 1)
+            color, style = COLORS.get(name, f"C{4 + [*names].index(name)}"), {"soft": "--", "fuzzy": ":"}.get(mode, "-")
+            label = f"{name}, {mode} inference" if len(modes) > 1 else name
+            handles[label], = axis.plot(x, mean, style, color=color, marker="o" if 2 < end < 15 else "", markersize=4)
+            axis.fill_between(x, mean - sd, mean + sd, alpha=0.15, color=color, linewidth=0)
+        axis.set(title=title, xlabel=x_label, ylabel="nats" if scale == 1 else "%")
+        axis.grid(alpha=0.3)
+        if x_label == "k":
+            axis.set_xscale("log", base=2)
+        elif not x_label:
+            axis.set_xticks([])
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4)
+    figure.savefig(path)
+    print(f"drawn to {path}")
+
+
+if __name__ == "__main__":
+    commands = {"table": table, "compare": table, "plot": plot, "curves": curves, "checkpoints": checkpoints}
+    parser, listed = Parser(__doc__), lambda text: text.split(",")
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("files", nargs="+", help="results files or logs; for compare first what to subtract")
+    parser.add_argument("--tasks", type=listed, help="several joined by commas; default all")
+    parser.add_argument("--settings", type=listed, default=["hard_greedy", "hard_sample"], help=", ".join(SETTINGS))
+    parser.add_argument("--plot", metavar="FILE", help="the picture to draw, .png or .svg")
+    parser.add_argument("--at", type=float, nargs="+", help="checkpoints: greedy accuracies, in percent")
+    parser.add_argument("--against", metavar="NAME", help="checkpoints: also differences from that name")
+    parser.run(lambda args: commands[args.command](args))
