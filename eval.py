@@ -627,8 +627,9 @@ class Record:
                 self.samples[s["task"], s["setting"]].append(s)
                 s["problem"] + (s["nll"] if "nll" in s else sum(  # fails if one is missing
                     [s["sample"], s["truncated"], s["cot_len"], *s["entropy"]], len(s["verdict"])))
-            changed = [f"{key} was {first['run'].get(key)!r:.40}, is {run[key]!r:.40}"
-                       for key in run if run[key] != first["run"].get(key)]
+            old = first["run"]
+            changed = [f"{key} was {old.get(key)!r:.40}, is {run.get(key)!r:.40}"
+                       for key in {**old, **run} if run.get(key) != old.get(key)]
         except Exception:  # whatever the file holds
             raise InputError(f"{path}: not the record of a run; give another --out") from None
         if changed:

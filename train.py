@@ -28,7 +28,6 @@ import sys
 import time
 from argparse import Namespace
 from datetime import timedelta
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +56,15 @@ TINY = dict(  # without
     data="arithmetic", steps=120, prompts=32, samples=16, cot_len=32, answer_len=4, lr=1e-4,
     warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", clip=1.0)
 TINY_FUZZY = TINY | dict(dtype="bfloat16")  # fuzzy thoughts learn from logits that tie
-TINY_SFT = TINY | dict(  # and the tiny base
-    steps=1200, prompts=64, samples=1, lr=4e-3, warmup=50, eval_every=1200)
 TINY_CONFIG = dict(
     model_type="llama", hidden_size=64, intermediate_size=192, num_hidden_layers=3, head_dim=16,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-6,
     tie_word_embeddings=True, hidden_act="silu", rope_theta=10000.0, attention_bias=False,
     mlp_bias=False, architectures=["LlamaForCausalLM"], bos_token_id=None, eos_token_id=1)
-MIX = ["arithmetic", "chains", "chains"]  # what the tiny base reads
+TINY_SFT = TINY | dict(prompts=64, samples=1, lr=4e-3, warmup=50)  # the tiny base of a task
+BASES = {"arithmetic": TINY_SFT | dict(steps=1200, eval_every=1200),
+         "chains": TINY_SFT | dict(data="chains", steps=1600, eval_every=1600)}
+READS = {"arithmetic": ["arithmetic"], "chains": ["chains", "chains", "arithmetic"]}  # its texts
 COPIED = (".json", ".jinja", ".txt", ".model")  # the tokenizer's files and the like
 FREE = {"resume", "device", "micro_batch", "activation_checkpointing", "no_cuda_graphs"}  # flags
 # that --resume may change: they move the result by rounding only
@@ -175,7 +175,7 @@ def write_tiny_model(path, seed):
     write_json(path / "soft_tokens.json", {"prompt": "User: {question} Assistant:"})
 
 
-def written_problems(n, seed):
+def written_problems(n, data, seed):
     """Training problems with solutions by writers who are careless.
 
     So the base is able (it knows most facts) and undecided (it often writes like the careless):
@@ -183,7 +183,7 @@ def written_problems(n, seed):
     """
     rng, problems = random.Random(seed), []
     while len(problems) < n:
-        problem = arithmetic_problem(rng, rng.choice(MIX), careful=False)
+        problem = arithmetic_problem(rng, rng.choice(READS[data]), careful=False)
         if arithmetic_split(problem["question"]) == "train":
             problems.append(problem)
     return problems
@@ -192,15 +192,16 @@ def written_problems(n, seed):
 def tiny_base(args):
     """The directory of this seed's tiny base. If need be the first rank makes it, in a process of
     its own, so that it is the same for any number of ranks."""
-    folder = Path("out") / f"base-{args.seed}"
+    data = args.data if args.data in BASES else "arithmetic"
+    folder = Path("out") / f"base-{data}-{args.seed}"
     made = folder / "best" / "training" / "args.json"
-    if made.exists() and not TINY_SFT.items() <= read_json(made).items():
+    if made.exists() and not BASES[data].items() <= read_json(made).items():
         raise InputError(f"{folder}: not the tiny base as this code makes it; move or delete it")
     if dist.get_rank() == 0 and not (folder / "summary.json").exists():
         print("A tiny base is made first, and kept in out/ for later runs.", flush=True)
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         command = [sys.executable, __file__, "--mode", "sft", "--out", folder, "--resume",
-                   "--seed", str(args.seed), "--device", args.device]
+                   "--data", data, "--seed", str(args.seed), "--device", args.device]
         if status := subprocess.run(command, env=alone).returncode:
             sys.exit(status)
     dist.barrier()
@@ -214,7 +215,7 @@ def load_data(args, model, tokenizer):
     """Problems to train on, and to validate on, which are the same for every seed; all fit."""
     sft = args.mode == "sft"
     if args.data in ARITHMETIC:
-        train = written_problems(20000, args.seed) if sft else load_problems(
+        train = written_problems(20000, args.data, args.seed) if sft else load_problems(
             args.data, "train", 8192)
         val = load_problems(args.data, "val", args.val_size)
     else:
@@ -370,8 +371,13 @@ def open_log(out, step):
     except BlockingIOError:
         raise InputError(f"--out {out}: another run is at work there; use another") from None
     log.seek(0)
-    kept = takewhile(lambda line: line[-1] == "\n" and json.loads(line)["step"] < step, log)
-    log.truncate(len("".join(kept)))
+    kept = ""
+    with contextlib.suppress(ValueError):  # a line that was cut off ends it
+        for line in log:
+            if json.loads(line)["step"] >= step or line[-1] != "\n":
+                break
+            kept += line
+    log.truncate(len(kept))
     return log
 
 
@@ -548,16 +554,21 @@ def say_end(out, args, state, own):
 def configure(args):
     """Fill in what no flag says: from the run in OUT with --resume, else from a preset."""
     args.out = args.out or f"out/{args.mode}"
-    last = Path(args.out) / "last"
-    if last.with_suffix(".old").exists() and not last.exists():  # a kill came between two renames
-        last.with_suffix(".old").rename(last)
+    last, best = Path(args.out) / "last", Path(args.out) / "best"
+    for path in (last, best):
+        old = path.with_suffix(".old")
+        if old.exists() and not path.exists():  # a kill came between two renames
+            with contextlib.suppress(FileNotFoundError):  # another rank may be faster
+                old.rename(path)
     if last.exists() and not args.resume:
         raise InputError(f"--out {args.out}: holds a run; add --resume to go on with it, or give "
                          "another --out")
     args.resume = last.exists()
-    preset = {"sft": TINY_SFT, "fuzzy": TINY_FUZZY}.get(args.mode, TINY)
-    if args.model:
-        preset = PAPER_SFT if args.mode == "sft" else PAPER
+    preset = TINY_FUZZY if args.mode == "fuzzy" else TINY
+    if args.mode == "sft":
+        preset = PAPER_SFT if args.model else BASES.get(args.data, BASES["arithmetic"])
+    elif args.model:
+        preset = PAPER
     if args.resume:
         preset = read_json(last / "training" / "args.json") | {"resume": True}
         for flag in preset.keys() - FREE:

@@ -1,7 +1,6 @@
 """What the tests share: small random models, the untrained tiny model, and scripts run as a user runs them."""
 import contextlib
 import io
-import os
 import runpy
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributions import Categorical, Normal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,14 +44,24 @@ def tiny(tiny_dir):
     return model, tokenizer
 
 
-def script(*args, timeout=300):
-    """Run a script of the repository as a user would; returns the finished process with its text output."""
-    return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], text=True, capture_output=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=timeout, stdin=subprocess.DEVNULL)
+def plain_pass(model, rollout, i):
+    """(logits, log pi) of every slot of row i by the formulas: the whole text in one pass, no cache, no chunks."""
+    row, E, noise_std = rollout.rows[i], model.embed_tokens.weight, model.notes["noise_scale"] * model.notes["rms"]
+    prompt, tokens, c = rollout.prompts[row.question], rollout.tokens[i, :row.length], row.cot_len
+    x = E[torch.cat((torch.tensor(prompt), tokens))]
+    if rollout.thoughts is not None:
+        x = torch.cat((x[:len(prompt)], rollout.thoughts[i, :c], x[len(prompt) + c:]))
+    logits = model(x[None, :-1])[0, len(prompt) - 1:] @ model.lm_head.weight.T
+    policy = Categorical(logits=logits / rollout.tau[i, :row.length, None])  # eq. 3
+    logp = policy.log_prob(tokens)
+    if rollout.thoughts is not None:
+        density = Normal(policy.probs[:c] @ E, noise_std).log_prob(rollout.thoughts[i, :c])  # eq. 5 and 10
+        logp = torch.cat((density.sum(-1), logp[c:]))
+    return logits, logp
 
 
 def script_inside(*args):
-    """The same in this process, for many short runs: starting Python and importing torch takes seconds."""
+    """Run a script as a user would, but in this process: starting Python and importing torch takes seconds."""
     out, err, code, argv = io.StringIO(), io.StringIO(), 0, [str(ROOT / args[0]), *map(str, args[1:])]
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

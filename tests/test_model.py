@@ -8,8 +8,9 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 from torch.distributions import Categorical, MultivariateNormal
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from model import Config, InputError, KVCache, Transformer, WeightedLogProb, rope_frequencies
+from model import InputError, KVCache, Transformer, WeightedLogProb
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -46,17 +47,6 @@ def test_logits_and_checkpoints_agree_with_transformers(family, tmp_path):
         key = "torch_dtype" if "torch_dtype" in source else "dtype"
         assert json.loads((path / "config.json").read_text()) == source | {key: "float32"}  # every key, and no other
         assert (path / "model.safetensors").stat().st_mode == (path / "config.json").stat().st_mode
-
-
-def test_llama3_rope_slows_long_waves_only_and_other_defaults():
-    plain, slowed = (rope_frequencies(random_model(head_dim=32, rope_scaling=r).config) for r in (None, LLAMA3))
-    long, short = 64 * plain / (2 * math.pi) < 1, 64 * plain / (2 * math.pi) > 4
-    torch.testing.assert_close(slowed[short], plain[short])
-    torch.testing.assert_close(slowed[long], plain[long] / 8)
-    assert ((slowed < plain) & (slowed > plain / 8))[~long & ~short].all() and not (long | short).all()
-    assert random_model().to(torch.bfloat16).frequencies.dtype == torch.float32
-    assert random_model(model_type="qwen3", head_dim=None).config.head_dim == 128
-    assert Config.from_dict(random_model().config.raw | {"num_key_value_heads": None}).num_key_value_heads == 4
 
 
 # Caches: whatever stands before a row, it goes on as if it were alone
@@ -157,8 +147,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (list, tuple)) else [out]:
-            self.bytes = max(self.bytes, x.untyped_storage().nbytes() if isinstance(x, torch.Tensor) else 0)
+        self.bytes = max(self.bytes, *(x.untyped_storage().nbytes() for x in tree_leaves(out) if torch.is_tensor(x)), 0)
         return out
 
 
@@ -166,33 +155,9 @@ class Largest(TorchDispatchMode):
 def test_fused_path_never_holds_a_table_of_slots_by_vocabulary(thought, monkeypatch):
     hidden, lm_head, embed, action, weight, tau = slots(thought, n=100, v=1000, d=4, dtype=torch.float32)
     monkeypatch.setattr(WeightedLogProb, "CHUNK_BYTES", 4 * 1000 * 9)
-    with Largest() as fused:
+    with Largest() as largest:
         WeightedLogProb.apply(hidden, lm_head, embed, action, weight, tau, 0.7)[0].backward()
-    with Largest() as plain:
-        (weight * formula(hidden, lm_head, embed, action, tau, 0.7)).sum().backward()
-    assert fused.bytes == 4 * 1000 * 9 and plain.bytes >= 4 * 1000 * 100
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_policy_gradient_equals_equations_9_and_10_slot_by_slot(tied):
-    model, g = random_model(tie_word_embeddings=tied).double(), torch.Generator().manual_seed(0)
-    tokens, is_thought = torch.randint(61, (6, 5), generator=g), torch.rand(6, 5, generator=g) < 0.5
-    thoughts, weight, tau = (torch.randn(6, 5, *n, generator=g, dtype=torch.float64) for n in ((32,), (), ()))
-    tau, weight[2, 3], weight[:, 1] = tau.abs() + 0.3, 0.0, 0.0
-    expected, plain = torch.zeros(6, 5, dtype=torch.float64), 0.0
-    for b in range(6):
-        fed = [*model.embed_tokens(torch.tensor(PROMPTS[OF_ROW[b]]))]
-        for n in range(5):
-            hidden, action = model(torch.stack(fed)[None])[0, -1], (thoughts if is_thought[b, n] else tokens)[b, n]
-            logp = formula(hidden, model.lm_head.weight, model.embed_tokens.weight, action, tau[b, n], 0.7)
-            plain = plain + weight[b, n] * logp
-            expected[b, n] = logp.detach() * (weight[b, n] != 0)
-            fed.append(action if is_thought[b, n] else model.embed_tokens(action))
-    gradient = torch.autograd.grad(plain, [*model.parameters()])
-    for model.activation_checkpointing in (False, True):
-        loss, logp = model.log_prob(PROMPTS, torch.tensor(OF_ROW), tokens, thoughts, is_thought, weight, tau, 0.7)
-        torch.testing.assert_close((loss, logp), (plain, expected))
-        torch.testing.assert_close(torch.autograd.grad(loss, [*model.parameters()]), gradient)
+    assert largest.bytes == 4 * 1000 * 9
 
 
 # Checkpoints that are not what they should be: one line that names what is wrong
@@ -226,30 +191,25 @@ DAMAGE = [  # what happens to a directory p and its tensors t; what the message 
     (lambda p, t: t.pop(HEAD), "the first is lm_head.weight"),
     (lambda p, t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), "q_proj.bias"),
     (lambda p, t: t.update({NORM: torch.ones(31)}), "norm.weight .*31.*32"),
-    (lambda p, t: t.update({NORM: torch.ones(32).to(torch.int8)}), "norm.weight .*int8"),
     (lambda p, t: t.update({Q_PROJ: t[Q_PROJ].to(torch.float8_e4m3fn)}), "q_proj.weight .*float8"),
     (lambda p, t: t[Q_PROJ].view(-1)[5].fill_(math.nan), "q_proj.weight .*NaN"),
-    (lambda p, t: t[Q_PROJ].view(-1)[5].fill_(-math.inf), "q_proj.weight .*infinite"),
     (lambda p, t: change(p, tie_word_embeddings=True), "weight differs from its twin"),
     (lambda p, t: (p / "model.safetensors").write_text(POINTER), "git lfs pull"),
     (lambda p, t: (p / "model.safetensors").write_bytes(b"\0" * 300), "model.safetensors: not readable"),
     (lambda p, t: (only(p, "config.json"), (p / "model.safetensors").symlink_to("gone")), "a link that leads nowhere"),
     (lambda p, t: only(p, "adapter_config.json", "adapter_model.safetensors"), "adapter"),
-    (lambda p, t: t.update({Q_PROJ[:-6] + "lora_A.weight": torch.zeros(2, 32)}), "adapter"),
     (lambda p, t: only(p, "snapshots/", "blobs/", "refs/"), "snapshots/"),
     (lambda p, t: only(p, "best/", "last/", "log.jsonl"), "give its best/"),
     (lambda p, t: only(p, "config.json", "model-Q4_K.gguf"), "GGUF"),
     (lambda p, t: only(p, "config.json", "pytorch_model.bin"), "pickled"),
     (lambda p, t: t.update({"score.weight": t.pop(HEAD)[:1].clone()}), "score.weight.*reward model"),
-    *((lambda p, t, x=x: prefix(t, x), named) for x, named in (
-        ("_orig_mod.", "compiled"), ("language_model.", "multimodal"), ("vision_tower.", "multimodal"))),
+    (lambda p, t: prefix(t, "_orig_mod."), "compiled"), (lambda p, t: prefix(t, "language_model."), "multimodal"),
     *((lambda p, t, x=x: (p / "config.json").write_text(x), "config.json: ") for x in ("", "[1, 2]", POINTER)),
     *((lambda p, t, changes=changes: change(p, **changes), f"config.json: .*{[*changes][0]}") for changes in (
         {"model_type": "mixtral"}, {"quantization_config": {"quant_method": "gptq"}}, {"hidden_act": "gelu"},
-        {"rope_type": 0, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, {"partial_rotary_factor": 0.5},
-        {"rope_type": 0, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"rope_theta": 0}, {"hidden_size": ...},
-        {"use_sliding_window": True, "max_window_layers": 0}, {"num_key_value_heads": 3}, {"head_dim": 7},
-        {"rms_norm_eps": 0}))]
+        {"rope_type": 0, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, {"hidden_size": ...},
+        {"rope_type": 0, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"num_key_value_heads": 3},
+        {"use_sliding_window": True, "max_window_layers": 0}, {"head_dim": 7}, {"rms_norm_eps": 0}))]
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGE)))

@@ -1,20 +1,14 @@
-"""The scripts as a user runs them: their flags, their complaints, what they print and leave behind; and the house rules."""
+"""The scripts as a user runs them: flags, complaints, what they print and leave behind; and the house rules."""
 import argparse
 import ast
-import fcntl
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, script_inside
-from safetensors.torch import load_file, save_file
-
-from sample import SETTINGS
 
 SCRIPTS = ("train.py", "sample.py", "eval.py")
 MISTAKES = """
@@ -28,7 +22,6 @@ sample.py --model run 1+1                              | best/
 train.py --model TINY --samples 1                      | --samples 1
 train.py --lr -1                                       | --lr
 train.py --lr nan                                      | --lr
-train.py --lr inf                                      | --lr
 train.py --steps 0                                     | --steps
 train.py --prompts 0.5                                 | --prompts
 train.py --clip 0                                      | --clip
@@ -63,56 +56,36 @@ eval.py --model TINY --settings soft                   | --settings soft
 eval.py --model TINY --out r.txt                       | --out r.txt
 eval.py --model TINY --out plain.jsonl/r.json          | plain.jsonl
 eval.py --model TINY --verifier vote                   | --verifier
-eval.py --model TINY --data broken.jsonl               | broken.jsonl:2
-eval.py --model TINY --data bytes.jsonl                | bytes.jsonl
 eval.py --model TINY --data empty                      | empty
 eval.py --model TINY --data arithmetic,nowhere.jsonl   | nowhere.jsonl
-eval.py --model TINY --prompt_file plain.jsonl         | {question}
 eval.py --model TINY --prompt_file nowhere             | --prompt_file nowhere
-eval.py --model TINY --prompt_file bytes.jsonl         | --prompt_file bytes.jsonl
-eval.py --model notes                                  | notes/soft_tokens.json
 """
-
-
-def assert_one_line(done, words):
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done
-    assert words in done.stderr and len(done.stderr) < 400, done.stderr
 
 
 def test_mistakes_end_in_one_line_that_names_the_place(tiny_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "run/best", "run/last", "out/base-7/best/training"):
         (tmp_path / folder).mkdir(parents=True)
-    for name, text in {"plain.jsonl": '{"question": "1+1", "answer": "2"}\n{"question": "1+2", "answer": "3"}\n',
-                       "long.jsonl": '{"question": "1", "answer": "1"}\n{"question": "%s", "answer": "1"}\n' % ("1+" * 150),
-                       "letters.jsonl": '{"question": "one", "answer": "1"}\n{"question": "two", "answer": "2"}\n',
-                       "broken.jsonl": '{"question": "1+1", "answer": "2"}\nquestion: 1+1\n',
-                       "out/base-7/best/training/args.json": '{"mode": "soft"}'}.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "bytes.jsonl").write_bytes(bytes(range(128, 256)))
-    notes = json.loads((shutil.copytree(tiny_dir, tmp_path / "notes") / "soft_tokens.json").read_text())
-    (tmp_path / "notes" / "soft_tokens.json").write_text(json.dumps(notes | {"answer_len": -1}))
+    for name, questions in {"plain": ("1+1", "1+2"), "long": ("1", "1+" * 150), "letters": ("one", "two")}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"question": "{q}", "answer": "1"}}\n' for q in questions))
+    (tmp_path / "out/base-7/best/training/args.json").write_text('{"mode": "soft"}')
     for line in MISTAKES.strip().splitlines():
         command, words = (part.strip() for part in line.rsplit("|", 1))
         done = script_inside(*shlex.split(command.replace("TINY", str(tiny_dir))))
-        assert_one_line(done, words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done
+        assert words in done.stderr and len(done.stderr) < 400, done.stderr
     assert not (tmp_path / "new").exists()
 
 
-def parser_of(name, monkeypatch):
-    found = []
-    with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self: found.append(self) or sys.exit())
-        script_inside(name)
-    return found[0]
-
-
 def test_help_explains_every_flag_and_the_documents_name_only_flags_that_exist(monkeypatch):
-    known = {name: parser_of(name, monkeypatch) for name in SCRIPTS}
-    for name, parser in known.items():
-        assert [a.option_strings or a.dest for a in parser._actions if not a.help] == [], name
-        assert all(flag in parser.format_help() for flag in parser._option_string_actions)
-    texts = [path.read_text(encoding="utf-8") for path in (*map(ROOT.joinpath, SCRIPTS), ROOT / "README.md") if path.exists()]
+    known = {}
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args",
+                        lambda parser: known.update({name: parser}) or sys.exit())
+    for name in SCRIPTS:
+        script_inside(name)
+        assert [a.option_strings or a.dest for a in known[name]._actions if not a.help] == [], name
+        assert all(flag in known[name].format_help() for flag in known[name]._option_string_actions)
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in (*SCRIPTS, "README.md")]
     commands = re.findall(r"^.*?\b(train|sample|eval)\.py\b(.*)$", "\n".join(texts).replace("\\\n", " "), re.M)
     assert len(commands) > 10
     for name, rest in commands:
@@ -121,8 +94,8 @@ def test_help_explains_every_flag_and_the_documents_name_only_flags_that_exist(m
 
 
 def test_screen_is_narrow_and_has_no_carriage_returns(tiny_dir, tmp_path):
-    run = script_inside("train.py", "--model", tiny_dir, "--data", "arithmetic", "--out", tmp_path, "--steps", 2, "--prompts", 2,
-                        "--samples", 2, "--val_size", 2, "--cot_len", 5, "--eval_every", 1)
+    run = script_inside("train.py", "--model", tiny_dir, "--data", "arithmetic", "--out", tmp_path, "--steps", 2,
+                        "--prompts", 2, "--samples", 2, "--val_size", 2, "--cot_len", 5, "--eval_every", 1)
     evaluation = script_inside("eval.py", "--model", tiny_dir, "--limit", 2, "--cot_len", 5)
     for done in (run, evaluation):
         assert done.returncode == 0 and done.stderr == "" and "\r" not in done.stdout, done.stderr
@@ -130,8 +103,8 @@ def test_screen_is_narrow_and_has_no_carriage_returns(tiny_dir, tmp_path):
         assert max(map(len, lines)) <= 100
     assert "step 2/2" in run.stdout and f"eval.py --model {tmp_path / 'best'}" in run.stdout
     assert "5 tokens of thought" in evaluation.stdout
-    fields = {"step", "loss", "reward", "accuracy", "unparsed", "errors", "truncated", "cot_len", "entropy", "tokens", "lr",
-              "zero_advantage", "delta_logp", "grad_norm", "generate_s", "train_s", "tokens_per_s", "peak_gb"}
+    fields = {"step", "loss", "reward", "accuracy", "unparsed", "errors", "truncated", "cot_len", "entropy", "tokens",
+              "lr", "zero_advantage", "delta_logp", "grad_norm", "generate_s", "train_s", "tokens_per_s", "peak_gb"}
     assert all(fields <= json.loads(line).keys() for line in (tmp_path / "log.jsonl").read_text().splitlines())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["base"].keys() == summary["final"].keys() == {"soft_greedy", "hard_greedy"} and summary["steps"] == 2
@@ -153,42 +126,10 @@ def test_sample_shows_the_thought_and_writes_the_page(tiny_dir, tmp_path):
         assert '"3+4*\\u003c2>"' in text and str(tiny_dir) in text and "src=" not in text
 
 
-def test_evaluation_goes_on_after_a_kill_and_refuses_another_run(tiny_dir, tmp_path):
-    model, other, out = tmp_path / "model", tmp_path / "other.json", tmp_path / "r.json"
-    shutil.copytree(tiny_dir, model)
-    flags = ["eval.py", "--model", model, "--settings", "all", "--samples", 3, "--limit", 4, "--cot_len", 6, "--answer_len", 3,
-             "--out"]
-    done = script_inside(*flags, out)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(out.read_text())["results"]["arithmetic"]
-    assert results.keys() == {"solutions", *SETTINGS} and results["soft_sample"]["n_samples"] == 3
-    assert {"pass@1", "pass@2", "truncated", "unparsed", "errors", "cot_len", "entropy"} <= results["soft_sample"].keys()
-    lines = out.with_suffix(".jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 1 + 4 + 4 * 3 * (3 + 1)
-    for n in (0, 1, 30):  # killed at such a line, within the next
-        other.with_suffix(".jsonl").write_text("".join(lines[:n]) + lines[n][:20])
-        done = script_inside(*flags, other)
-        assert done.returncode == 0 and json.loads(other.read_text())["results"]["arithmetic"] == results, done.stderr
-        assert sorted(other.with_suffix(".jsonl").read_text().splitlines()) == sorted("".join(lines).splitlines())
-    prompt = tmp_path / "prompt.txt"
-    prompt.write_text("User: 1 User: {question} Assistant:")
-    for change, words in ((("--seed", 1), "seed was 0, is 1"), (("--cot_len", 5), "cot_len was 6, is 5"),
-                          (("--prompt_file", prompt), "prompt was"), (("--limit", 3), "arithmetic was"),
-                          (("--dtype", "bfloat16"), "dtype was"), (("--samples", 2), "samples was 3, is 2")):
-        assert_one_line(script_inside(*flags, out, *change), words)
-    with open(out.with_suffix(".jsonl")) as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert_one_line(script_inside(*flags, out), "in use by another evaluation")
-    other.with_suffix(".jsonl").write_text(lines[0] + '{"problem": 0}\n')
-    assert_one_line(script_inside(*flags, other), "other.jsonl")
-    save_file({k: w * (1 + torch.eye(*w.shape)) if w.dim() == 2 else w for k, w in load_file(
-        model / "model.safetensors").items()}, model / "model.safetensors")
-    assert_one_line(script_inside(*flags, out), "model.safetensors was")
-
-
 def test_house_rules():
     """One direction of imports, six packages, and a size that can be read in an evening."""
-    house, packages, total = ["model", "sample", "eval", "train"], {"torch", "safetensors", "tokenizers", "numpy", "tqdm"}, 0
+    house, total = ["model", "sample", "eval", "train"], 0
+    packages = {"torch", "safetensors", "tokenizers", "numpy", "tqdm"}
     for room in house:
         text = (ROOT / f"{room}.py").read_text(encoding="utf-8")
         total += len(text.splitlines())
@@ -211,8 +152,8 @@ def test_repository_holds_what_the_card_names():
     if listed.returncode or "train.py" not in listed.stdout:
         pytest.skip("not in a repository")
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
-    assert top <= {"README.md", "requirements.txt", "model.py", "sample.py", "train.py", "eval.py", "tests", "assets", "LICENSE",
-                   ".ci", ".gitignore"}
+    assert top <= {"README.md", "requirements.txt", "model.py", "sample.py", "train.py", "eval.py", "tests", "assets",
+                   "LICENSE", ".ci", ".gitignore"}
     names = {re.split(r"[<>=~! ]", line)[0] for line in (ROOT / "requirements.txt").read_text().split("\n") if line}
     assert names == {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "pytest"}
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 300

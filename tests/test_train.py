@@ -11,17 +11,18 @@ import resource
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.run
 import torch.nn.functional as F
-from conftest import ROOT, random_model, script, script_inside
+from conftest import ROOT, plain_pass, random_model, script_inside
 from safetensors.torch import load_file, save_file
 
 import train
@@ -38,8 +39,8 @@ TOY = dict(mode="soft", dtype="float32", steps=5, prompts=3, samples=5, val_size
 def toy(tiny_dir, tmp_path_factory):
     """The command line of a run on a small file, from the untrained tiny model: toy(out, *more, **changes)."""
     file = tmp_path_factory.mktemp("toy") / "toy.jsonl"
-    file.write_text("".join(json.dumps(
-        {"question": f"{i // 2}+1", "answer": f"{i % 9}", "solution": "1+1=2;" * (i % 4 + 1)}) + "\n" for i in range(40)))
+    rows = [{"question": f"{i // 2}+1", "answer": str(i % 9), "solution": "1+1=2;" * (i % 4 + 1)} for i in range(40)]
+    file.write_text("".join(json.dumps(p) + "\n" for p in rows))
     return lambda out, *more, **changes: ["train.py", *more, *(str(part) for name, value in (
         TOY | {"out": out, "model": tiny_dir, "data": file} | changes).items() for part in (f"--{name}", value))]
 
@@ -56,13 +57,11 @@ def state_of(out):
 
 
 def test_reward_of_ones_own_changes_the_reward_alone(monkeypatch):
-    assert [train.reward(v, None) for v in ("correct", "wrong", "error", "unparsed")] == [100, 10, 10, 0]
     rows = [Namespace(answer=a, truncated=False, cot_len=4, eos_in_cot=False, entropy=[1.0, 3.0], length=9)
             for a in ("5", "6", "\\frac{", None)]
     rollout = Namespace(rows=rows, chosen=torch.tensor([[1] * 9 + [0]] * 4))
     before = train.grade(rollout, ["5"] * 4, "own")
-    assert before[:, :4].tolist() == [[100, 1, 0, 0], [10, 0, 0, 0], [10, 0, 0, 1], [0, 0, 1, 0]]
-    assert before[0].tolist()[4:] == [0, 4, 0, 2, 9]
+    assert before.T[:4].tolist() == [[100, 10, 10, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
     monkeypatch.setattr(train, "reward", lambda verdict, row: 100 - row.length)
     after = train.grade(rollout, ["5"] * 4, "own")
     assert after[:, 0].tolist() == [91] * 4 and torch.equal(after[:, 1:], before[:, 1:])
@@ -71,9 +70,6 @@ def test_reward_of_ones_own_changes_the_reward_alone(monkeypatch):
 def test_advantage_learning_rate_and_the_questions_of_a_step(toy, tiny_dir):
     table = torch.tensor([[100 - 20 / 3, 10 - 110 / 3, 10 - 110 / 3, -40.0], [0, 0, 0, 0]])
     torch.testing.assert_close(rloo(torch.tensor([[100.0, 10.0, 10.0, 0.0], [10.0, 10.0, 10.0, 10.0]])), table)
-    rewards = torch.randn(4, 7, dtype=torch.float64)
-    plain = [[g[i] - (sum(g[:i]) + sum(g[i + 1:])) / 6 for i in range(7)] for g in rewards.tolist()]
-    torch.testing.assert_close(rloo(rewards), torch.tensor(plain, dtype=torch.float64))
     rates = [learning_rate(step, Namespace(lr=2.0, warmup=4, steps=12)) for step in range(13)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[8] == pytest.approx(1) and rates[12] == pytest.approx(0)
     drawn = [p for step in range(5) for p in questions_of_step(range(10), step, 4, seed=3)]
@@ -84,44 +80,34 @@ def test_advantage_learning_rate_and_the_questions_of_a_step(toy, tiny_dir):
     assert not trained & val and len(trained | val) == 20  # the file asks everything twice
 
 
-def plain_loss(model, rollout, weight, noise_std):
-    """The weighted sum of log pi over every action of every row, by the formulas: a row's whole text in one pass, no
-    cache, no chunks. Which slots are actions is read off the row's lengths: all but the forced words."""
-    loss, E, thoughts = 0.0, model.embed_tokens.weight, rollout.thoughts
+def plain_loss(model, rollout, weight):
+    """The weighted sum of log pi, by the formulas, over every action of every row: all slots but the forced words."""
+    loss = 0.0
     for i, row in enumerate(rollout.rows):
-        prompt, tokens, c = rollout.prompts[row.question], rollout.tokens[i, :row.length], row.cot_len
-        x = E[torch.cat((torch.tensor(prompt), tokens))]
-        if thoughts is not None:
-            x = torch.cat((x[:len(prompt)], thoughts[i, :c], x[len(prompt) + c:]))
-        hidden = model(x[None, :-1])[0, len(prompt) - 1:]
-        tau = torch.where(torch.arange(row.length) < c, rollout.tau[i, 0], 1.0)[:, None]
-        log_p = (hidden @ model.lm_head.weight.T / tau).log_softmax(-1)
-        logp = log_p.gather(-1, tokens[:, None])[:, 0]
-        if thoughts is not None:
-            density = torch.distributions.Normal(log_p[:c].exp() @ E, noise_std).log_prob(thoughts[i, :c])
-            logp = torch.cat((density.sum(-1), logp[c:]))
+        logp, c = plain_pass(model, rollout, i)[1], row.cot_len
         loss = loss + weight[i] * (logp[:c].sum() + logp[c + len(row.openings[row.truncated]):].sum())
     return loss
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_score_has_the_value_and_the_gradient_of_the_plain_formula(mode, tiny_dir):
-    """In float64, in any micro-batches of rows in any order; and the gradient is that of finite differences."""
+    """In float64, in any micro-batches of rows in any order, tied or not, and with activation checkpointing."""
     model, tokenizer = load(tiny_dir, torch.float64)
     model.init_weights(torch.Generator().manual_seed(1), std=0.1)
+    if mode == "fuzzy":  # not tied
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
     model.notes |= {"cot_len": 5, "answer_len": 9}
     rollout = generate(model, tokenizer, ["3+4*2", "7-9", "1*2*3-4"], mode, 3, answer_greedy=False,
                        store_thoughts=mode != "hard", seed=(TRAIN, 0, 0))
     n_actions = [row.length - len(row.openings[row.truncated]) for row in rollout.rows]
     assert len({*n_actions}) > 1  # some are padded
-    generator, noise_std = torch.Generator().manual_seed(2), 0.33 * model.notes["rms"]
-    parameters = [*model.parameters()]
-    weight, *directions = (torch.randn(shape, generator=generator, dtype=torch.float64)
-                           for shape in ((9,), *(p.shape for p in parameters)))
+    noise_std, parameters = model.notes["noise_scale"] * model.notes["rms"], [*model.parameters()]
+    weight = torch.randn(9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     weight[4] = 0
-    expected = plain_loss(model, rollout, weight, noise_std)
+    expected = plain_loss(model, rollout, weight)
     gradients = torch.autograd.grad(expected, parameters)
     for parts in ([[*range(9)]], [[8, 1, 4, 3], [0, 7], [2], [6, 5]]):
+        model.activation_checkpointing = len(parts) > 1
         model.zero_grad()
         losses, deltas = zip(*(score(model, rollout, torch.tensor(part), weight[part], noise_std) for part in parts))
         sum(losses).backward()
@@ -129,13 +115,6 @@ def test_score_has_the_value_and_the_gradient_of_the_plain_formula(mode, tiny_di
         for p, g in zip(parameters, gradients):
             torch.testing.assert_close(p.grad, g, atol=1e-9 * float(g.abs().max()), rtol=1e-7)
         assert len(torch.cat(deltas)) == sum(n_actions) - n_actions[4] and torch.cat(deltas).quantile(0.9) < 1e-3
-    values, h = [], 1e-6 * MODES[mode]
-    for step in (h, -2 * h):
-        for p, d in zip(parameters, directions):
-            p.data.add_(d, alpha=step)
-        values.append(plain_loss(model, rollout, weight, noise_std).item())
-    slope = sum((p.grad * d).sum().item() for p, d in zip(parameters, directions))
-    assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-4)
 
 
 def test_update_is_clipped_adamw_on_the_policy_gradient_if_finite(toy, tiny_dir, tmp_path, monkeypatch):
@@ -160,7 +139,7 @@ def test_update_is_clipped_adamw_on_the_policy_gradient_if_finite(toy, tiny_dir,
     some = A[A != 0].abs() / 24
     assert line["reward"] == pytest.approx(R.mean().item()) and 0 < line["zero_advantage"] < 1
     assert sorted(scored[:len(some)]) == pytest.approx(sorted(some.tolist()))
-    plain_loss(model, rollout, -A / 24, 0.33 * model.notes["rms"]).backward()
+    plain_loss(model, rollout, -A / 24).backward()
     assert line["grad_norm"] == pytest.approx(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item(), rel=1e-3)
     torch.optim.AdamW(model.parameters(), lr=1e-3 / 2, betas=(0.9, 0.95), weight_decay=0).step()
     weights, moments = state_of(tmp_path)
@@ -190,8 +169,8 @@ def test_supervised_loss_is_cross_entropy_and_bfloat16_keeps_float32_masters(toy
         after = state_of(out)[0]
         moved[dtype] = torch.cat([(after[k] - before[k]).flatten() for k in before])
     rounded = torch.cat([(after[k].bfloat16() == before[k].bfloat16()).flatten() for k in before])
-    assert rounded.double().mean() > 0.8 and (moved[dtype] != 0).double().mean() > 0.9 and moved[dtype].abs().max() < 2e-5
-    assert F.cosine_similarity(*moved.values(), 0) > 0.97
+    assert rounded.double().mean() > 0.8 and (moved[dtype] != 0).double().mean() > 0.9
+    assert moved[dtype].abs().max() < 2e-5 and F.cosine_similarity(*moved.values(), 0) > 0.97
 
 
 # Several ranks, and runs that are cut off: in processes forked from one that has imported everything
@@ -201,16 +180,10 @@ FORK.set_forkserver_preload(["test_train", "torch._dynamo"])
 
 
 def signal_at(place, n, number):
-    """From now on the n-th call of a function, like "os.rename", sends a signal to this process before it begins."""
-    owner, _, name = place.rpartition(".")
-    owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
-    real = getattr(owner, name)
-
-    def spoilt(*args, **kwargs):
-        if next(calls) == n:
-            os.kill(os.getpid(), number)
-        return real(*args, **kwargs)
-    setattr(owner, name, spoilt)
+    """From now on the n-th call of a function, like "os.rename", first sends a signal to this process."""
+    real, calls = pkgutil.resolve_name(place), itertools.count(1)
+    mock.patch(place, lambda *args, **kwargs: (
+        next(calls) == n and os.kill(os.getpid(), number), real(*args, **kwargs))[1]).start()
 
 
 def child(rank, world, port, screen, argv, harm):
@@ -228,8 +201,8 @@ def child(rank, world, port, screen, argv, harm):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """run(argv, harm, ranks): a run whose last rank calls harm() first; without argv all ranks call harm() alone. Returns
-    the last rank's exit status, and the screen."""
+    """run(argv, harm, ranks): a run whose last rank calls harm() first; without argv all ranks call harm() alone.
+    Returns the last rank's exit status, and the screen."""
     folder, count = tmp_path_factory.mktemp("screens"), itertools.count(20000 + os.getpid() % 9999)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(Path(__file__).parent))))
@@ -258,33 +231,33 @@ def uninterrupted(run, toy, tmp_path_factory):
 
 def assert_same(out, other, exact=True):
     """Two runs have the same results, bit for bit; or up to rounding, which turns the sign of some gradients near 0."""
-    logs, (weights, moments), (weights2, moments2) = (log_of(out), log_of(other)), state_of(out), state_of(other)
-    assert len(logs[0]) == len(logs[1]) == TOY["steps"] and (logs[0] == logs[1] or not exact)
-    for one, two in zip(*logs):
-        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
-    apart = torch.cat([(weights[k] - weights2[k]).abs().flatten() for k in weights])
-    assert (apart > 1e-4 * (not exact)).double().mean() <= 1e-3 * (not exact) and moments.keys() == moments2.keys()
-    for k, m in moments2.items():
-        tolerance = dict(atol=0, rtol=0) if exact else dict(atol=1e-3 * float(m.abs().max()), rtol=1e-2)
-        torch.testing.assert_close(moments[k], m, **tolerance, msg=k)
-    texts = [[(path / name).read_text().replace(str(path), "") for name in (
-        "summary.json", "last/soft_tokens.json", "last/training/state.json", "val.jsonl")] for path in (out, other)]
-    assert texts[0] == texts[1] or not exact
+    files = ["summary.json", "val.jsonl", "last/soft_tokens.json", "last/training/state.json", "best/model.safetensors"]
     assert {p.name for p in out.iterdir()} == {"best", "last", "log.jsonl", "summary.json", "val.jsonl"}
+    for one, two in itertools.zip_longest(log_of(out), log_of(other)):
+        assert one == two if exact else one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    for one, two, share in zip(state_of(out), state_of(other), (1e-3, 1e-2)):  # weights, AdamW's state
+        assert one.keys() == two.keys()
+        for k in two if exact else ():
+            assert torch.equal(one[k], two[k]), k
+        one, two = (torch.cat([t.flatten() for t in state.values()]) for state in (one, two))
+        assert ((one - two).abs() > 1e-4 + 1e-2 * two.abs()).double().mean() < share
+    for name in files * exact:
+        assert len({(p / name).read_bytes().replace(bytes(p), b"") for p in (out, other)}) == 1, name
 
 
 def test_run_killed_at_any_moment_resumes_to_the_same_bits_and_log(uninterrupted, run, toy, tmp_path):
     """kill -9 before, between and after the renames, while files are written, linked or removed, and inside a step."""
-    out, seen = tmp_path / "out", set()
-    for place, n in [*(("os.rename", n) for n in (1, 2, 3, 4, 5, 6, 3)), ("os.sync", 1), ("os.sync", 4), ("os.link", 3),
+    out, seen, screens = tmp_path / "out", set(), ""
+    for place, n in [*(("os.rename", n) for n in (1, 2, 3, 4, 5, 6, 5, 3)), ("os.sync", 1), ("os.sync", 4), ("os.link", 3),
                      ("os.unlink", 5), ("torch.optim.AdamW.step", 1), ("torch.Tensor.backward", 2)]:
         status, said = run(toy(out, "--resume"), partial(signal_at, place, n, signal.SIGKILL))
         names = {p.name for p in out.iterdir()}
         seen |= names & {"last.new", "best.new", "best.old"} | ({"last.old"} & names if "last" not in names else set())
         assert status == -signal.SIGKILL, (place, n, said)
+        screens += said
     assert seen == {"last.new", "best.new", "best.old", "last.old"}
     status, said = run(toy(out, "--resume"))
-    assert status == 0, said
+    assert status == 0 and (screens + said).count("step 0:") == 4, said  # only these runs found no checkpoint
     assert_same(out, uninterrupted)
 
 
@@ -294,9 +267,9 @@ def test_signals_and_a_full_disk_end_the_run_and_it_goes_on(uninterrupted, run, 
         assert status == 0 and "--resume" in said.splitlines()[-1] and not (tmp_path / "summary.json").exists(), said
         state = json.loads((tmp_path / "last" / "training" / "state.json").read_text())
         assert state["step"] == len(log_of(tmp_path)) == i + 1
-    status, said = run(toy(tmp_path, "--resume"), partial(resource.setrlimit, resource.RLIMIT_FSIZE, (900_000, 900_000)))
-    errors = [line for line in said.splitlines() if "error:" in line]  # only AdamW's state was larger than that
-    assert status == 2 and len(errors) == 1 and "last.new" in errors[0] and "Traceback" not in said, said
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (900_000, 900_000))  # AdamW's state is larger
+    status, said = run(toy(tmp_path, "--resume"), full)
+    assert status == 2 and said.count("train.py: error:") == 1 and "last.new" in said and "Traceback" not in said, said
     status, said = run(toy(tmp_path, "--resume"))
     assert status == 0, said
     assert_same(tmp_path, uninterrupted)
@@ -310,9 +283,9 @@ def test_two_ranks_equal_one_and_each_goes_on_from_the_others_checkpoint(uninter
         assert status == 0 and said.count("with --resume") == 1 and len(log_of(tmp_path)) == n_lines, said
     assert run(toy(tmp_path, "--resume"), partial(end, signal.SIGKILL), 2)[0] == -signal.SIGKILL
     (tmp_path / "last").rename(tmp_path / "last.old")  # as if between two renames: one of the ranks puts it back
-    done = script(torch.distributed.run.__file__, "--standalone", "--nproc_per_node", 2, ROOT / "train.py",
-                  *toy(tmp_path, "--resume")[1:])
-    assert done.returncode == 0 and done.stdout.count("step 5/5") == 1, done.stderr
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           ROOT / "train.py", *toy(tmp_path, "--resume")[1:]], text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.count("step 5/5") == 1 and "step 0:" not in done.stdout, done.stderr
     assert_same(tmp_path, uninterrupted, exact=False)
 
 
@@ -324,9 +297,8 @@ def load_shards(folder, share, largest):
     ctypes.CDLL(None).mallopt(-3, 2 ** 20)  # M_MMAP_THRESHOLD: what is freed goes back at once
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, args = memory("VmRSS"), Namespace(device="cpu", dtype="bfloat16")
-    model = Transformer.from_pretrained(folder, prepare=lambda model: train.shard(model, args))
-    peak = memory("VmHWM") - before
-    assert sum(p.to_local().numel() * 4 for p in model.parameters()) < 1.05 * share < peak < 1.5 * share + largest, peak
+    Transformer.from_pretrained(folder, prepare=lambda model: train.shard(model, args))
+    assert share < memory("VmHWM") - before < 1.5 * share + largest
     dist.destroy_process_group()
 
 
@@ -352,20 +324,16 @@ def test_log_that_was_deleted_or_cut_is_put_right_and_an_out_in_use_is_refused(u
     with open(uninterrupted / "log.jsonl") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         done = script_inside(*toy(uninterrupted, "--resume"))
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "another run" in done.stderr, done.stderr
-        assert log.readlines() == lines
-    for flag, value in [("lr", 2e-3), ("mode", "hard"), ("steps", 6), ("seed", 4), ("cot_len", 9), ("dtype", "bfloat16"),
-                        ("prompts", 4), ("temperature", 0.7), ("model", "elsewhere"), ("data", "gsm8k")]:
+        assert done.returncode == 2 and "another run" in done.stderr and log.readlines() == lines, done.stderr
+    for flag, value in dict(lr=2e-3, mode="hard", steps=6, seed=4, dtype="bfloat16", model="elsewhere").items():
         done = script_inside(*toy(uninterrupted, "--resume", **{flag: value}))
         assert done.returncode == 2 and f"--{flag} {value}" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     done = script_inside(*toy(uninterrupted))
     assert done.returncode == 2 and "--resume" in done.stderr  # nor is a run overwritten without that flag
 
 
-def test_checkpoint_keeps_the_files_and_keys_of_its_base_and_transformers_loads_it(tiny_dir, toy, tmp_path):
+def test_checkpoint_keeps_the_files_of_its_base_and_transformers_reads_it(tiny_dir, toy, tmp_path):
     base, out = shutil.copytree(tiny_dir, tmp_path / "base"), tmp_path / "out"
-    config = json.loads((base / "config.json").read_text()) | {"max_window_layers": 21, "eos_token_id": [1, 0], "own": {}}
-    (base / "config.json").write_text(json.dumps(config))
     kept = ["tokenizer.model", "merges.txt", "vocab.json", "chat_template.jinja", "special_tokens_map.json"]
     for name in (*kept, "model.safetensors.index.json"):  # the last one is of weights in several files, and is not kept
         (base / name).write_text("{}")
@@ -373,18 +341,12 @@ def test_checkpoint_keeps_the_files_and_keys_of_its_base_and_transformers_loads_
     assert done.returncode == 0, done.stderr
     for path in (out / "best", out / "last"):
         assert {p.name for p in path.iterdir()} == {p.name for p in tiny_dir.iterdir()} | {"training", *kept}
-        saved = json.loads((path / "config.json").read_text())
-        assert config | {"dtype": "bfloat16"} == saved | {"dtype": saved.get("torch_dtype", saved.get("dtype"))}
-        assert (path / "model.safetensors").stat().st_mode == (path / "config.json").stat().st_mode
         assert {t.dtype for t in load_file(path / "model.safetensors").values()} == {torch.float32}  # the masters
     model, tokenizer = load(path)
-    assert model.notes["rms"] == load(base)[0].notes["rms"] and model.notes["prompt"] == "User: {question} Assistant:"
+    assert model.notes == load(base)[0].notes | {"cot_len": 4, "answer_len": 12}
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     for name in kept:
         (path / name).unlink()  # nonsense, which it would read
-    peer = transformers.AutoModelForCausalLM.from_pretrained(path)
     text = "User: 1+2 Assistant: 1+2=3 The final answer is: \\boxed{3}."
-    ids = transformers.AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
-    assert ids.tolist() == [tokenizer.encode(text).ids] and peer.dtype == torch.bfloat16
-    with torch.no_grad():
-        torch.testing.assert_close(peer.float()(ids).logits, model.bfloat16().float().logits(model(ids)), atol=1e-3, rtol=0)
+    assert transformers.AutoTokenizer.from_pretrained(path)(text).input_ids == tokenizer.encode(text).ids
+    assert transformers.AutoModelForCausalLM.from_pretrained(path).dtype == torch.bfloat16
