@@ -271,6 +271,8 @@ def shard(model, args):
             getattr(torch, args.dtype), torch.float32, cast_forward_inputs=False)
         for module in (*model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            module.set_gradient_divide_factor(1.0)  # the sum over ranks, not the mean, and by
+            module.set_force_sum_reduction_for_comms(True)  # ReduceOp.SUM, which all backends know
         register_fsdp_forward_method(model, "log_prob")  # like forward, it finds weights gathered
 
 
@@ -482,7 +484,7 @@ def train(args):
             used = torch.tensor(some or mine[:1])  # a rank without rows goes along with weight 0
             w = weight[used].float().to(args.device) * bool(some)
             part, delta = score(model, rollout, (used - mine.start).to(args.device), w, noise_std)
-            (part * world).backward()  # FSDP takes the mean over ranks
+            part.backward()
             loss, deltas = loss + part.item(), deltas + delta.tolist()
 
         # 5. Update

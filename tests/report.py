@@ -10,9 +10,9 @@ Tables and pictures for the README, from results files of eval.py and logs of tr
 
 Results are named NAME-SEED.json or NAME-sSEED.json, logs by their folder; `checkpoints` takes NAME-SEED-STEP.json, and
 NAME-SEED.json as step 0 of every run with that seed. Shares are in percent, entropy (at temperature 1) and likelihoods
-in nats; ± and the bands of pictures are one standard deviation over seeds; intervals are 95 %, by Student's t over
-seeds or by bootstrap over problems. Names stand in the order of the files.
+in nats; ± and bands are one standard deviation over seeds; intervals are 95 %, by Student's t or by bootstrap.
 """
+import itertools
 import json
 import math
 import re
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import bootstrap, pass_at_k  # noqa: E402
+from eval import bootstrap, summarize  # noqa: E402
 from model import InputError, read_json  # noqa: E402
 from sample import SETTINGS, Parser  # noqa: E402
 
@@ -42,31 +42,10 @@ def split_number(text):
 
 def read_lines(path):
     """The objects in a .jsonl file. A last line that an interrupted run left incomplete is dropped, with a note."""
-    try:
-        *lines, rest = Path(path).read_text(encoding="utf-8").split("\n")
-        if rest:
-            print(f"note: {path} ends in half a line, which is left out; the run was interrupted")
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: {e}; give a file that eval.py or train.py wrote") from None
-
-
-def read_results(args):
-    """[((name, number), task, setting, figures)] of results files, after a note on what was not measured alike."""
-    rows, conditions = [], {}
-    for file in args.files:
-        content, stem = read_json(file), Path(file).stem
-        settings, results = content.get("args", {}), content.get("results")
-        if not isinstance(results, dict) or split_number(stem) in (row[0] for row in rows):
-            raise InputError(f"{file}: not a results file, or the second of its name and number; leave it out")
-        conditions[stem] = (settings if isinstance(settings, dict) else {"args": settings}) | content.get("run", {})
-        rows += [(split_number(stem), task, setting, figures)
-                 for task in args.tasks or results for setting, figures in results.get(task, {}).items()
-                 if setting in args.settings or setting not in SETTINGS]
-    if not rows:
-        raise InputError("the files hold nothing of these --tasks and --settings; name others")
-    note_differences(conditions)
-    return rows
+    *lines, rest = Path(path).read_text(encoding="utf-8").split("\n")
+    if rest:
+        print(f"note: {path} ends in half a line, which is left out; the run was interrupted")
+    return [json.loads(line) for line in lines]
 
 
 def note_differences(conditions):
@@ -77,17 +56,32 @@ def note_differences(conditions):
             print(f"note: {key} differs: " + ", ".join(f"{name} {value}" for name, value in values.items()))
 
 
+def read_results(args):
+    """[((name, number), task, setting, figures)] of results files, after a note on what was not measured alike."""
+    rows, conditions = [], {}
+    for file in args.files:
+        content, stem = read_json(file), Path(file).stem
+        if "results" not in content or stem in conditions:
+            raise InputError(f"{file}: not a results file, or the second of its name; leave it out")
+        conditions[stem] = dict(content["args"] if isinstance(content["args"], dict) else {}, **content.get("run", {}))
+        rows += [(split_number(stem), task, setting, figures)
+                 for task, results in content["results"].items() if task in (args.tasks or content["results"])
+                 for setting, figures in results.items() if setting in args.settings or setting not in SETTINGS]
+    note_differences(conditions)
+    return rows
+
+
 def columns_of(setting, figures):
     """The figures of a setting that are tabled, {column: value}."""
     columns = {key.replace("_", " "): figures[key] for key in LIKELIHOODS if key in figures}
     if setting in SETTINGS:
-        (mode, how), entropy = setting.split("_"), figures.get("entropy")
+        mode, how = setting.split("_")
         columns[f"{mode} {how}"] = figures["pass@1"]
         if how == "sample":
             most = max((key for key in figures if key.startswith("pass@")), key=lambda key: int(key[5:]))
             columns[f"{mode} {most}"] = figures[most]
-        if how == "sample" and entropy:  # over all positions of all samples
-            columns[f"{mode} entropy"] = np.average(entropy["mean"], weights=entropy["n_rows"])
+            if entropy := figures.get("entropy"):  # over all positions of all samples
+                columns[f"{mode} entropy"] = np.average(entropy["mean"], weights=entropy["n_rows"])
     return columns
 
 
@@ -96,45 +90,33 @@ def read_records(files):
     cells, conditions = defaultdict(dict), {}
     for file in files:
         first, *samples = read_lines(Path(file).with_suffix(".jsonl")) or [{}]
-        if not samples or not all({"task", "problem"} <= s.keys() for s in samples):
-            raise InputError(f"{file}: the .jsonl beside it holds no samples; name what --out of eval.py named")
         conditions[file], groups, n = first.get("run", {}), defaultdict(dict), defaultdict(int)
         for s in samples:
-            key = s["task"], s.get("setting"), (s["problem"], s.get("question"))
+            key = s["task"], s["setting"], s["problem"]
             groups[key][s.get("sample")] = s  # a repeated line counts once
             n[key[:2]] = max(n[key[:2]], len(groups[key]))
         for (task, setting, problem), group in groups.items():
             if len(group) == n[task, setting]:  # else the run was interrupted in this problem
-                for column, value in columns_of(setting, figures_of([*group.values()])).items():
+                figures = summarize([*group.values()]) if setting in SETTINGS else [*group.values()][0]
+                for column, value in columns_of(setting, figures).items():
                     cells[task, column, file][problem] = value
     note_differences(conditions)
     return cells
 
 
-def figures_of(samples):
-    """The figures of one problem, as a results file has them of all."""
-    if "verdict" not in samples[0]:
-        return samples[0]
-    n, entropy = len(samples), [h for s in samples for h in s["entropy"]]
-    right = sum(s["verdict"] == "correct" for s in samples)
-    return {"pass@1": right / n, f"pass@{n}": pass_at_k(n, right, n),
-            "entropy": entropy and {"mean": entropy, "n_rows": [1] * len(entropy)}}
-
-
 def t_interval(values):
     """The 95 % interval of the mean of values (n,), n >= 2, by Student's t. The quantile comes from a fine grid: with
     n - 1 degrees of freedom and t = sqrt(n - 1) tan(angle), the density of the angle is cos(angle)^(n - 2)."""
-    n, angle = len(values), np.linspace(0, np.pi / 2, 100_001)
-    density = np.cos(angle) ** (n - 2)
-    area = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
-    t = math.sqrt(n - 1) * math.tan(np.interp(0.95 * area[-1], area, angle))
-    return np.mean(values) + np.array([-t, t]) * np.std(values, ddof=1) / math.sqrt(n)
+    n, angle = len(values), np.linspace(0, np.pi / 2, 100_001)[1:]
+    area = np.cumsum(np.cos(angle - angle[0] / 2) ** (n - 2))
+    half = math.tan(np.interp(0.95 * area[-1], area, angle)) * np.std(values)  # ddof = 1 cancels with sqrt(n - 1) / n
+    return np.mean(values) + np.array([-half, half])
 
 
 def paired(cells, other):
     """The differences of cells, {(title, column, name): {seed: value}}, from those of the name `other`, by seed."""
-    if not {other} < {name for *_, name in cells}:
-        raise InputError(f"{other}: no such name, or no other; give NAME of a file NAME-SEED.json and files to compare")
+    if other not in {name for *_, name in cells}:
+        raise InputError(f"{other}: no such name; give NAME of a file NAME-SEED.json")
     return {(f"{title}, minus {other}", column, name): {
                 seed: value - cells[title, column, other][seed] for seed, value in seeds.items()
                 if seed in cells.get((title, column, other), ())}
@@ -145,10 +127,9 @@ def text_of(column, values, n, interval):
     """A cell: mean ± standard deviation of values; or, of differences, mean [interval]. Fewer than n are counted."""
     digits, values = (4, values) if column.endswith(NATS) else (1, [100 * v for v in values])
     text = f"{np.mean(values):{'+' if interval else ''}.{digits}f}" if values else ""
-    if len(values) > 1 and interval:
-        text += " [{:+.{d}f}, {:+.{d}f}]".format(*interval(values), d=digits)
-    elif len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    if len(values) > 1:
+        text += (" [{:+.{d}f}, {:+.{d}f}]".format(*interval(values), d=digits) if interval
+                 else f" ± {np.std(values, ddof=1):.{digits}f}")
     return text + (f" (n = {len(values)})" if len(values) < n else "")
 
 
@@ -184,11 +165,10 @@ def plot(args):
             lines = panels[f"{task}: greedy", ""]
             place = [*lines, (name, mode)].index((name, mode))
             lines[name, mode].append(([place, place + 0.7], [figures["pass@1"]] * 2))
-            continue
-        ks = sorted(int(key[5:]) for key in figures if key.startswith("pass@"))
-        panels[f"{task}: pass@k", "k"][name, mode].append((ks, [figures[f"pass@{k}"] for k in ks]))
-        if entropy:  # as far as a tenth of the samples still think
-            end = sum(n >= 0.1 * entropy["n_rows"][0] for n in entropy["n_rows"])
+        else:
+            share = {int(key[5:]): value for key, value in figures.items() if key.startswith("pass@")}
+            panels[f"{task}: pass@k", "k"][name, mode].append(([*share], [*share.values()]))
+            end = sum(n >= 0.1 * entropy["n_rows"][0] for n in entropy["n_rows"])  # a tenth of the samples still think
             panels[f"{task}: entropy", "position in thought"][name, mode].append((range(end), entropy["mean"][:end]))
     draw(panels, args.plot)
 
@@ -197,9 +177,7 @@ def curves(args):
     """A panel of the share of right samples by step of training; a point is the mean of ten steps."""
     lines = defaultdict(list)
     for file in args.files:
-        share = {row.get("step"): row.get("accuracy") for row in read_lines(file)}
-        if len(share) < 10 or None in (*share, *share.values()):
-            raise InputError(f"{file}: not ten steps of reinforcement learning; give OUT/log.jsonl files")
+        share = {row["step"]: row["accuracy"] for row in read_lines(file)}
         x, y = np.array(sorted(share.items()))[:len(share) // 10 * 10].reshape(-1, 10, 2).mean(1).T
         lines[split_number(Path(file).absolute().parent.name)[0], ""].append((x, y))
     draw({("right samples in training", "step"): lines}, args.plot)
@@ -214,22 +192,18 @@ def at_level(x, y, level):
 
 def checkpoints(args):
     """Tables of all figures at equal greedy accuracy and at the end; panels of each against greedy accuracy."""
-    runs, starts, start_names = defaultdict(lambda: defaultdict(dict)), defaultdict(dict), set()
+    runs, starts = defaultdict(lambda: defaultdict(dict)), defaultdict(dict)
     cells, panels = defaultdict(dict), defaultdict(lambda: defaultdict(list))
     for (run, number), task, setting, figures in read_results(args):
         name, seed = split_number(run)
-        start_names |= {name} if seed is None else set()
         point = starts[number] if seed is None else runs[name, seed][number]
         point |= {f"{task}: {column}": value for column, value in columns_of(setting, figures).items()}
     paths = {(name, seed): [starts[seed]] * (seed in starts) + [run[step] for step in sorted(run)]
              for (name, seed), run in runs.items()}
-    points = [point for path in paths.values() for point in path]
-    greedy = next((column for point in points for column in point if column.endswith("greedy")), None)
-    if len(start_names) > 1 or greedy is None or any(point.keys() != points[0].keys() for point in points):
-        raise InputError("checkpoints: give files NAME-SEED-STEP.json, and NAME-SEED.json of one NAME, all with the "
-                         "same tasks and settings, a greedy one among them")
+    first = next(iter(paths.values()))[-1]
+    greedy = next(column for column in first if column.endswith("greedy"))
     levels = args.at or [100 * min(max(point[greedy] for point in path) for path in paths.values())]
-    for ((name, seed), path), column in ((item, column) for column in points[0] for item in paths.items()):
+    for column, ((name, seed), path) in itertools.product(first, paths.items()):
         x, y = [point[greedy] for point in path], [point[column] for point in path]
         for level in levels if column != greedy else ():
             value = at_level(x, y, level / 100)
@@ -246,12 +220,9 @@ def checkpoints(args):
 
 def draw(panels, path):
     """Draw {(title, x label): {(name, mode): [(x, y) of each seed]}}, by seeds' mean and standard deviation."""
-    if not panels or not str(path).endswith((".png", ".svg")):
-        raise InputError(f"--plot {path}: nothing to draw, or not the name of a .png or .svg to draw it to")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from None
+    if not str(path).endswith((".png", ".svg")):
+        raise InputError(f"--plot {path}: give the name of a .png or .svg to draw to")
+    from matplotlib.figure import Figure  # only needed here
     names, modes = (dict.fromkeys(line[i] for lines in panels.values() for line in lines) for i in (0, 1))
     n_columns, n_rows, handles = min(3, len(panels)), -(-len(panels) // 3), {}
     figure = Figure((max(6, 3.3 * n_columns), 0.5 + 2.8 * n_rows), dpi=160, layout="constrained")
@@ -273,7 +244,6 @@ def draw(panels, path):
             axis.set_xticks([])
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=4)
     figure.savefig(path)
-    print(f"drawn to {path}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from conftest import random_model, script_inside
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import eval as evaluation
-from eval import LETTERS, Record, evaluate, judge, load_problems, score, summarize, worked_text
+from eval import Record, evaluate, judge, load_problems, score, summarize, worked_text
 from model import InputError
 from sample import SETTINGS
 
@@ -66,9 +66,8 @@ def test_what_cannot_be_asked_is_left_out_and_counted(rows, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, named", [
-    ("nonsense", ":1"), ("[1]", ":1"), ("3", ":1"), (GOOD + '\n{"question": "Q"}', ":2"), ('{"answer": "1"}', ":1"),
-    ('{"question"', ":1"), ("[" * 9999, ":1"), ("", "no problems"), (b"\xff", ":1"),
-    ('{"prompt": [{"role": "user"}], "answer": "1"}', ":1"), (GOOD + "\n\n" + GOOD + "\nx", ":3"),
+    ("nonsense", ":1"), ("[1]", ":1"), (GOOD + '\n{"question": "Q"}', ":2"), ('{"answer": "1"}', ":1"), (b"\xff", ":1"),
+    ("[" * 9999, ":1"), ("", "no problems"), ('{"prompt": [{"role": "user"}], "answer": "1"}', ":1"),
     ('{"question": "Q\\ud83d", "answer": "1"}', ":1"), ('{"question": "Q", "choices": "a ) 1", "answer": "a"}', ":1"),
     ("version https://git-lfs.github.com/spec/v1\noid sha256:9fa8\nsize 4", "git lfs pull"),
     (GOOD + '\n{"question": "Q", "choices": ["1", "2"], "answer": 0}', "some with choices")])
@@ -107,16 +106,14 @@ def test_arithmetic_is_right_its_splits_disjoint_and_its_stream_as_ever():
             assert p["answer"] == value and evaluation.arithmetic_split(p["question"]) == split
         with pytest.raises(InputError, match="val_size 30000"):
             load_problems(task, "val", 30000)
-    tasks = evaluation.ARITHMETIC
-    made = [evaluation.arithmetic_problem(random.Random(i), t, False) for i in range(20) for t in tasks]
+    made = [evaluation.arithmetic_problem(random.Random(i), t, False) for i in range(20) for t in evaluation.ARITHMETIC]
     assert hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16] == "c6e735a493a4741f"
 
 
 def test_download_is_complete_or_not_at_all(tmp_path):
     (tmp_path / "source").write_bytes(b"x")
-    for name, sha256 in {"good": hashlib.sha256(b"x").hexdigest()[:16], "any": ""}.items():
-        evaluation.download((tmp_path / "source").as_uri(), sha256, tmp_path / "data" / name)
-        assert (tmp_path / "data" / name).read_bytes() == b"x"
+    evaluation.download((tmp_path / "source").as_uri(), hashlib.sha256(b"x").hexdigest()[:16], tmp_path / "data" / "good")
+    assert (tmp_path / "data" / "good").read_bytes() == b"x"
     with pytest.raises(InputError, match="SHA-256"):
         evaluation.download((tmp_path / "source").as_uri(), "0" * 16, tmp_path / "data" / "bad")
     assert not (tmp_path / "data" / "bad").exists()
@@ -144,16 +141,12 @@ PROBLEMS = [{"question": "1+2", "answer": "3", "solution": "1+2=3"},
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_samples_depend_neither_on_the_batch_nor_on_an_interruption(setting, tiny):
-    recorded, new, (mode, how) = [], [], setting.split("_")
+def test_samples_do_not_depend_on_the_batch_and_are_judged(setting, tiny):
+    mode, how = setting.split("_")
     options = {"n_samples": 4, "notes": tiny[0].notes | {"cot_len": 6, "answer_len": 3}, "seed": 3}
-    whole = evaluate(*tiny, PROBLEMS, setting, record=recorded.append, **options)
-    few = evaluate(*tiny, PROBLEMS, setting, batch=2, **options)
-    rest = evaluate(*tiny, PROBLEMS, setting, batch=3, done=recorded[1:2] * 2, record=new.append, **options)
-    assert len(new) == len(whole) - 1 == len(recorded) - 1 and recorded[1] not in new
     rows = evaluation.generate(*tiny, ["1+2", "3*4", "5-6"], mode, 1 if how == "greedy" else 4, notes=options["notes"],
                                greedy=how == "greedy", seed=(evaluation.EVAL, 3)).rows
-    for samples in (whole, few, rest):
+    for samples in (evaluate(*tiny, PROBLEMS, setting, batch=batch, **options) for batch in (64, 2)):
         assert [(s["cot"], s["answer"]) for s in samples] == [(row.cot, row.answer) for row in rows]
         for s in samples:
             verdict = "unparsed" if s["answer"] is None else judge(s["answer"], PROBLEMS[s["problem"]]["answer"])
@@ -183,11 +176,11 @@ def test_likelihoods_equal_a_direct_computation(byte_dir, tiny):
     expected = [-direct(f"Q: {p['question']} A:", worked_text(p)).mean().item() for p in PROBLEMS[:2]]
     assert [r["nll"] for r in results] == pytest.approx(expected, abs=1e-4)
     assert recorded == results == score(model, tokenizer, PROBLEMS, done=recorded)
-    questions = [{"question": f"{stem}\nA. x\nB. yy=1", "stem": stem, "choices": ["x", "yy=1"], "answer": "AB"[i % 2],
-                  "solution": ""} for i, stem in enumerate(("What?", "Which of them") * 9)]
+    questions = [{"question": f"{stem}\nA. x\nB. yy=1", "stem": stem, "choices": ["x", "yy=1"], "answer": answer,
+                  "solution": ""} for stem in ("What?", "Which of them") for answer in "AB"]
     for q, r in zip(questions, score(model, tokenizer, questions), strict=True):
         letter = [direct(f"{q['question']}\nAnswer:", f" {c}").mean().item() for c in "AB"]
-        text, gold = [direct(q["stem"], f" {c}").mean().item() for c in q["choices"]], LETTERS.index(q["answer"])
+        text, gold = [direct(q["stem"], f" {c}").mean().item() for c in q["choices"]], "AB".index(q["answer"])
         assert [r["nll"], r["letter_nll"]] == pytest.approx([-text[gold], -letter[gold]], abs=1e-4)
         assert (r["text_accuracy"], r["letter_accuracy"]) == (text[gold] == max(text), letter[gold] == max(letter))
     with pytest.raises(InputError, match="context"):
@@ -215,9 +208,8 @@ def test_record_goes_on_and_what_is_none_is_refused(tmp_path):
     with pytest.raises(InputError, match="r.jsonl: of another run: seed was 0, is 1; dtype was None, is 'x'"):
         Record(path, {"seed": 1, "dtype": "x"})
     lines = whole.split(b"\n")
-    sample = b'{"task": "t", "setting": "hard_greedy", "problem": 0, "verdict": "wrong", "truncated": false'
-    for bad in (b"", b"3", b"[]", b"{}", b"\xff", b"[" * 9999, b'{"task": "t", "setting": "choices", "problem": "0"}',
-                lines[1].replace(b"0", b'"0"'), sample + b"}", sample + b', "cot_len": 1, "entropy": null}'):
+    sample = b'{"task": "t", "setting": "hard_greedy", "problem": 0, "verdict": "wrong", "truncated": false}'
+    for bad in (b"", b"3", b"[]", b"{}", b"\xff", b"[" * 9999, lines[1].replace(b"0", b'"0"'), sample):
         for at in range(3):
             path.write_bytes(b"\n".join(lines[:at] + [bad] + lines[at + 1:]))
             with pytest.raises(InputError, match="r.jsonl: not the record"):
@@ -246,8 +238,8 @@ def test_command_goes_on_after_a_kill_and_refuses_another_run(byte_dir, tmp_path
     (model / "soft_tokens.json").write_text('{"prompt": "User: {question} A:"}')
     random_model(seed=1, vocab_size=256, max_position_embeddings=1024).save_pretrained(model)
     done = script_inside(*flags, whole, "--seed", 1, "--limit", 2, "--cot_len", 5, "--dtype", "bfloat16",
-                         "--samples", 2, "--verifier", "math-verify")
+                         "--samples", 2)
     assert done.returncode == 2 and all(f"{key} was" in done.stderr.splitlines()[-1] for key in (
-        "seed", "arithmetic", "cot_len", "dtype", "samples", "verifier", "prompt", "model.safetensors")), done.stderr
+        "seed", "arithmetic", "cot_len", "dtype", "samples", "prompt", "model.safetensors")), done.stderr
     done = script_inside("eval.py", "--model", model, "--limit", 1, "--settings", "hard_greedy")
     assert done.returncode == 0 and "budgets: 512 tokens of thought, 32 of answer" in done.stdout, done.stderr

@@ -188,7 +188,6 @@ def prefix(tensors, text):
 
 DAMAGE = [  # what happens to a directory p and its tensors t; what the message says
     (lambda p, t: t.pop(NORM), "1 tensors are missing, the first is norm.weight"),
-    (lambda p, t: t.pop(HEAD), "the first is lm_head.weight"),
     (lambda p, t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), "q_proj.bias"),
     (lambda p, t: t.update({NORM: torch.ones(31)}), "norm.weight .*31.*32"),
     (lambda p, t: t.update({Q_PROJ: t[Q_PROJ].to(torch.float8_e4m3fn)}), "q_proj.weight .*float8"),

@@ -36,7 +36,7 @@ train.py --speed 9                                     | --speed
 train.py --mode loud                                   | --mode
 train.py --data gsm8k                                  | --data gsm8k
 train.py --data nowhere.jsonl --out new                | nowhere.jsonl
-train.py --seed 7                                      | out/base-7
+train.py --seed 7                                      | out/base-arithmetic-7
 train.py --model TINY --data nonsense                  | --data nonsense
 train.py --model TINY --data arithmetic --out plain.jsonl/out           | plain.jsonl
 train.py --model TINY --data plain.jsonl               | --val_size 128
@@ -64,11 +64,11 @@ eval.py --model TINY --prompt_file nowhere             | --prompt_file nowhere
 
 def test_mistakes_end_in_one_line_that_names_the_place(tiny_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "run/best", "run/last", "out/base-7/best/training"):
+    for folder in ("empty", "run/best", "run/last", "out/base-arithmetic-7/best/training"):
         (tmp_path / folder).mkdir(parents=True)
     for name, questions in {"plain": ("1+1", "1+2"), "long": ("1", "1+" * 150), "letters": ("one", "two")}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"question": "{q}", "answer": "1"}}\n' for q in questions))
-    (tmp_path / "out/base-7/best/training/args.json").write_text('{"mode": "soft"}')
+    (tmp_path / "out/base-arithmetic-7/best/training/args.json").write_text('{"mode": "soft"}')
     for line in MISTAKES.strip().splitlines():
         command, words = (part.strip() for part in line.rsplit("|", 1))
         done = script_inside(*shlex.split(command.replace("TINY", str(tiny_dir))))

@@ -234,7 +234,8 @@ def assert_same(out, other, exact=True):
     files = ["summary.json", "val.jsonl", "last/soft_tokens.json", "last/training/state.json", "best/model.safetensors"]
     assert {p.name for p in out.iterdir()} == {"best", "last", "log.jsonl", "summary.json", "val.jsonl"}
     for one, two in itertools.zip_longest(log_of(out), log_of(other)):
-        assert one == two if exact else one == pytest.approx(two, rel=1e-3, abs=1e-5)
+        differ = {k: (v, two[k]) for k, v in one.items() if v != (two[k] if exact else pytest.approx(two[k], rel=1e-3, abs=1e-5))}
+        assert not differ and one.keys() == two.keys(), differ
     for one, two, share in zip(state_of(out), state_of(other), (1e-3, 1e-2)):  # weights, AdamW's state
         assert one.keys() == two.keys()
         for k in two if exact else ():
