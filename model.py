@@ -14,7 +14,7 @@ checkpoint, less the prefix "model.".
 import json
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,7 +63,7 @@ class Config:
     attention_bias: bool = False
     mlp_bias: bool = False
     rope: dict = None                  # transformers 5: rope_parameters; 4: two keys
-    raw: dict = field(default_factory=dict, repr=False)  # config.json itself, to save it again
+    raw: dict = None                   # config.json itself, to save it again
 
     @classmethod
     def from_dict(cls, raw):
@@ -101,8 +101,7 @@ def rope_frequencies(c):
     original context, keeps those that are much shorter, and interpolates between them.
     """
     rope = c.rope
-    exponent = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
-    freq = rope["rope_theta"] ** -exponent
+    freq = rope["rope_theta"] ** -(torch.arange(0.0, c.head_dim, 2) / c.head_dim)
     if rope["rope_type"] == "linear":
         freq = freq / rope["factor"]
     if rope["rope_type"] == "llama3":
@@ -119,13 +118,14 @@ def rotate(x, cos, sin):
 
 
 class Prompts:
-    """Keys and values of Q prompts: each prompt is run once for all the rows that continue it.
+    """Keys and values of Q prompts: each is run once for all the rows that continue it.
 
         prompts = Prompts(length)         # (Q,) int64
         model(ids, prompts)               # (Q, P), padded at the right, where nobody will look
         model(x, prompts.before(of_row))  # (B, T): T positions of B rows, row b behind of_row[b]
 
-    kv is a pair (Q, H_kv, P, d) for every layer; gradients flow through it.
+    Without of_row a pass is plain and causal, and is stored in kv, {layer: (keys, values)}, each
+    (Q, H_kv, P, d). With of_row a pass goes on behind that. Gradients flow through both.
     """
 
     def __init__(self, length=None, of_row=None, kv=None):
@@ -135,13 +135,14 @@ class Prompts:
         return Prompts(self.length, of_row, self.kv)
 
     def prepare(self, column):
-        """Begin a pass of positions column (T,). Returns where they stand: (1 or B, T)."""
+        """Begin a pass of T positions, column = arange(T). Returns where they are, (1 or B, T)."""
         if self.of_row is None:
             return column[None]
         length, P = self.length[self.of_row, None], self.kv[0][0].shape[2]
         prompt = torch.arange(P, device=length.device) < length  # (B, P)
         own = (column <= column[:, None]).expand(len(length), -1, -1)  # (B, T, T)
         self.mask = torch.cat((prompt[:, None].expand(-1, own.shape[1], -1), own), -1)[:, None]
+        # (B, 1, T, P + T)
         return length + column
 
     def attend(self, layer, q, k, v):
@@ -188,8 +189,8 @@ class KVCache:
         self.last, self.rows = self.last[rows], self.rows[:len(rows)]
 
     def prepare(self, _):
-        """Begin a pass of one new position of each row. Returns where they stand: (B, 1)."""
-        self.last.add_(1).clamp_(max=len(self.column) - 1)  # rows that are done stay at the end
+        """Begin a pass of T = 1 position of each row. Returns where they stand, (B, 1)."""
+        self.last.add_(1).clamp_(max=len(self.column) - 1)  # rows that are done go on at the end
         later = self.column[:self.columns] > self.last[:, None]  # (B, columns)
         bias = torch.zeros(later.shape, dtype=self.kv[0][0].dtype, device=later.device)
         self.bias = bias.masked_fill_(later, -math.inf)[:, None, None]
@@ -287,8 +288,8 @@ class Transformer(nn.Module):
             else:
                 p.fill_(1.0 if "norm" in name else 0.0)
 
-    def run(self, x, cache=None):
-        """Hidden states after the final norm.
+    def forward(self, x, cache=None):
+        """Hidden states after the final norm. Called by name from within, it runs without hooks.
 
         x       (B, T) int64 token ids, or (B, T, D) input embeddings in the model's dtype
         cache   Prompts or KVCache: what comes before x, and takes x in; None: nothing does
@@ -302,7 +303,8 @@ class Transformer(nn.Module):
         cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         for i, block in enumerate(self.layers):
-            if not torch.is_grad_enabled():  # past FSDP's hooks, which a CUDA graph cannot record
+            if not torch.is_grad_enabled():  # without hooks, which no CUDA graph records: under
+                # FSDP the caller holds the weights whole
                 h = block.forward(h, rope, cache, i)
             elif self.activation_checkpointing:
                 h = checkpoint(block, h, rope, cache, i, use_reentrant=False)
@@ -310,15 +312,13 @@ class Transformer(nn.Module):
                 h = block(h, rope, cache, i)
         return self.norm(h)
 
-    forward = run  # two names: FSDP hooks forward, and must not be entered again from within
-
     def prefill(self, prompts):
         """Run Q prompts, lists of ids: hidden (Q, D) behind the last token of each, and Prompts."""
         device, width = self.embed_tokens.weight.device, max(map(len, prompts))
         ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)  # (Q, P)
         length = torch.tensor([len(p) for p in prompts], device=device)
         cache = Prompts(length)
-        hidden = self.run(ids, cache)
+        hidden = self.forward(ids, cache)
         return hidden[torch.arange(len(prompts), device=device), length - 1], cache
 
     def logits(self, hidden):
@@ -346,11 +346,11 @@ class Transformer(nn.Module):
         noise_std   sigma of eq. 6, per coordinate
         returns     loss = sum(weight * logp), with gradients; logp (B, N), 0 where weight is 0
         """
-        last, cache = Transformer.prefill(self, prompts)  # nor this one: FSDP hooks it as well
+        last, cache = self.prefill(prompts)
         x = self.embed_tokens(tokens)
         if thoughts is not None:  # stored actions are constants: no backprop through time (eq. 10)
             x = torch.where(is_thought[..., None], thoughts, x)
-        inner = self.run(x[:, :-1], cache.before(of_row))
+        inner = self.forward(x[:, :-1], cache.before(of_row))
         hidden = torch.cat((last[of_row, None], inner), 1)  # (B, N, D): what chooses each slot
 
         loss, logp = 0.0, torch.zeros_like(weight)
@@ -386,15 +386,11 @@ class Transformer(nn.Module):
         read_weights(model, Path(path))
         return model
 
-    def save_pretrained(self, path, state=None, dtype=None):
-        """Write config.json and model.safetensors as transformers and vLLM read them.
-
-        state   {name: tensor}, whole parameters where FSDP holds shards; default the model's own
-        dtype   of deployment, named in config.json; default that of the tensors
-        """
+    def save_pretrained(self, path, state=None, dtype="float32"):
+        """Write config.json and model.safetensors as transformers and vLLM read them. state: {name:
+        tensor}, whole where FSDP holds shards, default the model's own; dtype: of deployment."""
         state = {name if name == "lm_head.weight" else f"model.{name}": w.detach().contiguous()
                  for name, w in (state or dict(self.named_parameters())).items()}
-        dtype = dtype or str(next(iter(state.values())).dtype).removeprefix("torch.")
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         key = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
@@ -433,10 +429,8 @@ def stored_tensors(path):
             with safe_open(file, framework="pt") as f:
                 yield from ((file, key, f.get_tensor(key)) for key in f.keys())
         except (SafetensorError, OSError) as e:
-            why = ("a link that leads nowhere; download the file" if not file.exists() else
-                   "a git-lfs pointer, not the weights; run git lfs pull"
-                   if file.stat().st_size < 200 else f"not readable ({e}); download it again")
-            raise InputError(f"{file}: {why}") from None
+            raise InputError(f"{file}: not readable ({e}); download it again, or, if it is a "
+                             "git-lfs pointer, run git lfs pull") from None
 
 
 @torch.no_grad()
@@ -444,6 +438,7 @@ def read_weights(model, path):
     """Copy a checkpoint directory's tensors into a model, one after the other, and strictly."""
     params = dict(model.named_parameters(remove_duplicate=False))
     missing, twins = set(params), {"embed_tokens.weight", "lm_head.weight"}
+    twins = twins if model.config.tie_word_embeddings else set()
     for file, key, tensor in stored_tensors(path):
         name = key.removeprefix("model.")
         if name.endswith("rotary_emb.inv_freq"):  # tables in old Llama files
@@ -459,19 +454,16 @@ def read_weights(model, path):
             tensor = distribute_tensor(
                 tensor, param.device_mesh, param.placements, src_data_rank=None).to_local()
             param = param.to_local()
-        is_second = model.config.tie_word_embeddings and name in twins and not twins <= missing
-        if is_second and not wrong and not torch.equal(param, tensor.to(param)):
-            wrong = "differs from its twin, but config.json ties embed_tokens and lm_head"
+        if not wrong and name not in missing and not torch.equal(param, tensor.to(param)):
+            wrong = "is there twice, or differs from its tied twin"
         if wrong:
             raise InputError(f"{file}: tensor {key} {wrong}; give files that belong together"
                              f"{hint(path, key)}")
         param.copy_(tensor)
-        missing.discard(name)
-    if model.config.tie_word_embeddings and not twins <= missing:
-        missing -= twins
+        missing -= twins if name in twins else {name}
     if missing:
         raise InputError(f"{path}: {len(missing)} tensors are missing, the first is {min(missing)};"
-                         f" give all files of the checkpoint{hint(path)}")
+                         f" give all model*.safetensors of the checkpoint{hint(path)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -499,9 +491,8 @@ class WeightedLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, lm_head, embed, action, weight, tau, noise_std):
-        """hidden (N, D); lm_head, embed (V, D), the same tensor if tied; action (N,) int64 tokens
-        or (N, D) thoughts; weight, tau (N,); noise_std float.
-        Returns the weighted sum and logp (N,), in float32."""
+        """hidden (N, D); lm_head, embed (V, D), one tensor if tied; action (N,) tokens or (N, D)
+        thoughts; weight, tau (N,). Returns the weighted sum, and logp (N,), in float32."""
         wide, narrow = torch.promote_types(hidden.dtype, torch.float32), hidden.dtype
         is_thought = action.dim() == 2
         logp = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -515,8 +506,8 @@ class WeightedLogProb(torch.autograd.Function):
             rows = slice(i, i + chunk)
             h, a, w, t = hidden[rows], action[rows], weight[rows, None], tau[rows, None]
             z = F.linear(h, lm_head).to(wide).div_(t)  # (n, V)
+            p = z.softmax(-1)
             if is_thought:
-                p = z.softmax(-1)
                 p_narrow = p.to(narrow)
                 mean = (p_narrow @ embed).to(wide)  # h0 = p E, (n, D)
                 logp[rows] = log_density(a.to(wide), mean, noise_std)
@@ -526,10 +517,8 @@ class WeightedLogProb(torch.autograd.Function):
                 dz = dp.mul_(p).div_(t).to(narrow)
                 grad_embed += p_narrow.T @ r
             else:
-                a = a[:, None]
-                logp[rows] = (z.gather(-1, a) - z.logsumexp(-1, keepdim=True))[:, 0]
-                p = z.softmax(-1)
-                dz = p.mul_(-w / t).scatter_add_(-1, a, (w / t).expand(a.shape)).to(narrow)
+                logp[rows] = z.gather(-1, a[:, None])[:, 0] - z.logsumexp(-1)
+                dz = p.mul_(-w / t).scatter_add_(-1, a[:, None], w / t).to(narrow)
             grad_hidden[rows] = dz @ lm_head
             grad_head += dz.T @ h
         z = p = p_narrow = dp = dz = None  # free the last chunk before the tables are narrowed

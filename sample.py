@@ -85,6 +85,8 @@ def encode_prompts(tokenizer, notes, questions, n_new, config):
     prompts = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
     prompts = [ids if ids[:1] == bos else bos + ids for ids in prompts]  # the text may hold it
     longest, context = max(prompts, key=len), config.max_position_embeddings
+    if not all(prompts):
+        raise InputError("--prompt_file: a question makes an empty prompt; put words around it")
     if len(longest) + n_new > context:
         text = questions[prompts.index(longest)]
         raise InputError(f"--cot_len: a prompt of {len(longest)} tokens and {n_new} more exceed "
@@ -106,7 +108,7 @@ class Row:
         self.phase, self.forced, self.text = COT, [], ""
         self.length = self.cot_len = self.answer_len = 0  # slots in all, of thought and answer
         self.truncated = self.eos_in_cot = False
-        self.cot = self.answer = self.entropy = None  # told by read_rows, when the row is done
+        self.cot = self.answer = self.entropy = None  # filled in when the row is done
 
     def take(self, token, text):
         """Read a slot's token. Its text only serves the conditions: a character may be spread over
@@ -119,7 +121,7 @@ class Row:
             stopped = self.text.rstrip().endswith(STOP)
             if stopped or self.cot_len == self.notes["cot_len"]:
                 self.phase, self.truncated = FORCED, not stopped
-                self.forced = list(self.openings[self.truncated])
+                self.forced = list(self.openings[self.truncated])  # the second one says STOP, too
         elif self.phase == FORCED:
             self.forced.pop(0)
             if not self.forced:
@@ -153,14 +155,14 @@ def draw_tokens(probs, uniform):
     """A token per row of probs (B, V), by inverting the cumulative sum at 1 - uniform (B,)."""
     cdf = probs.cumsum(-1)
     target = (1 - uniform)[:, None] * cdf[:, -1:]  # above 0: no token of probability 0 is drawn
-    return torch.searchsorted(cdf, target)[:, 0].clamp(max=probs.shape[-1] - 1)
+    return torch.searchsorted(cdf, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # of NaN: the last
 
 
 class Decoder:
     """B rows on the device, and the step that moves all of them on by one slot.
 
-    A step reads and changes tensors which never move, and neither waits for the device nor makes a
-    shape depend on data. So a CUDA graph can record it.
+    A step reads and changes tensors that only change() moves, and neither waits for the device nor
+    makes a shape depend on data. So a CUDA graph can record it.
     """
 
     def __init__(self, model, out, rows, room, mode, greedy, answer_greedy):
@@ -174,7 +176,8 @@ class Decoder:
         self.cache = KVCache(model, len(rows), room)
         self.live = self.cache.last.new_zeros(4, len(rows))  # phase, forced token, place, slot
         self.chooser = torch.tensor([TOKEN if mode == "hard" else THOUGHT, NOBODY, TOKEN, NOBODY],
-                                    device=like.device)  # by phase
+                                    device=like.device)  # by phase, as is the temperature
+        self.taus = torch.tensor([self.tau, 1.0, 1.0, 1.0], device=like.device)
         self.enter(range(len(rows)))
 
     def enter(self, places):
@@ -187,8 +190,8 @@ class Decoder:
         self.cache.enter(places, prompts, of_row)
 
     def change(self, waiting):
-        """Let waiting rows (a deque) enter in the places of those that are done; or, if none waits,
-        drop these. Only where it pays. Returns whether the tensors have moved."""
+        """Let waiting rows (a deque) enter in the places of those that are done, some at a time so
+        that prompts run together; or, if none waits, drop these. Whether tensors have moved."""
         free, n = [i for i, row in enumerate(self.rows) if row.phase == DONE], len(self.rows)
         if waiting and len(free) >= min(n / 8, len(waiting)):
             for i in (places := free[:len(waiting)]):
@@ -228,7 +231,7 @@ class Decoder:
 
         # A distribution, and a token from it
         logits = model.logits(self.hidden)  # (B, V)
-        probs = (logits / torch.where(in_cot, self.tau, 1.0)[:, None]).softmax(-1)  # eq. 3
+        probs = (logits / self.taus[phase, None]).softmax(-1)  # eq. 3
         plain = probs if self.tau == 1 else logits.softmax(-1)
         entropy = logits.logsumexp(-1) - torch.linalg.vecdot(plain, logits)
         best, shadow = probs.argmax(-1), self.cot_greedy or self.mode != "hard"
@@ -253,7 +256,7 @@ class Decoder:
         if out.thoughts is not None:
             out.thoughts[at] = x
         self.cache.columns = columns
-        self.hidden.copy_(model.run(x[:, None], self.cache)[:, 0])
+        self.hidden.copy_(model.forward(x[:, None], self.cache)[:, 0])
         return token, probs, x
 
 
@@ -262,7 +265,7 @@ class Recorded:
 
     A graph is a list of kernels with the addresses that they read and write. So nothing may move,
     no shape may change, and noise must be drawn outside. For each argument the first call runs as
-    it is, the second is recorded, and the later ones replay that.
+    it is; the second is recorded; it and the later ones replay the record.
     """
 
     def __init__(self, step, on_gpu):
@@ -285,15 +288,6 @@ class Recorded:
         graph, result = self.graphs[key]
         graph.replay()
         return result
-
-
-def read_rows(rows, out, tokenizer):
-    """Tell finished rows their texts, decoded from all of their ids, and their entropies."""
-    place = torch.tensor([row.place for row in rows], dtype=torch.long, device=out.tokens.device)
-    for row, ids, entropy in zip(rows, out.tokens[place].tolist(), out.entropy[place].tolist()):
-        row.cot, row.entropy = tokenizer.decode(ids[:row.cot_len]), entropy[:row.cot_len]
-        behind = tokenizer.decode(ids[row.cot_len:row.length])
-        row.answer = read_box(behind.split("\\boxed{", 1)[-1])
 
 
 @torch.no_grad()
@@ -343,7 +337,10 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
                 row.take(i, text_of(i))
 
         done = [row for row in decoder.rows if row.phase == DONE and row.cot is None]
-        read_rows(done, out, tokenizer)
+        for row in done:  # their texts, decoded from all of their ids, and their entropies
+            ids, n = out.tokens[row.place].tolist(), row.cot_len
+            row.cot, row.entropy = tokenizer.decode(ids[:n]), out.entropy[row.place, :n].tolist()
+            row.answer = read_box(tokenizer.decode(ids[n:row.length]).split("\\boxed{", 1)[-1])
         if on_finish and done:
             on_finish(done)
         if decoder.change(waiting):
@@ -417,11 +414,10 @@ def read_prompt(path, tokenizer):
 
 def notes_with(notes, args, mode):
     """notes, changed by the flags that were given."""
-    given = {name: getattr(args, name) for name in ("cot_len", "answer_len", "noise_scale")}
-    tau = args.temperature or notes["temperature"][mode]
-    return (notes | {name: value for name, value in given.items() if value is not None}
-            | {"temperature": notes["temperature"] | {mode: tau},
-               "cuda_graphs": not args.no_cuda_graphs})
+    names = ("cot_len", "answer_len", "noise_scale")
+    given = {name: getattr(args, name) or notes[name] for name in names}
+    tau = notes["temperature"] | {mode: args.temperature or notes["temperature"][mode]}
+    return notes | given | {"temperature": tau, "cuda_graphs": not args.no_cuda_graphs}
 
 
 class Parser(argparse.ArgumentParser):
@@ -441,8 +437,10 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group("machine").add_argument
         add("--seed", type=positive(int, or_zero=True), default=0, help="default 0")
         add("--dtype", choices=["float32", "bfloat16"], help="of the computation")
-        add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-            help="cpu, cuda, cuda:1 or mps; default a GPU if there is one")
+        gpus = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+        gpus += map("cuda:{}".format, range(torch.cuda.device_count()))
+        add("--device", choices=["cpu", *gpus], default=[*gpus, "cpu"][0],
+            help="default a GPU if there is one")
         add("--no_cuda_graphs", action="store_true", help="launch each kernel by itself on a GPU")
 
     def error(self, message):
@@ -469,15 +467,6 @@ def positive(kind, or_zero=False):
         raise argparse.ArgumentTypeError(f"{text} is out of range; use a usual number above 0")
     parse.__name__ = kind.__name__
     return parse
-
-
-def device(text):
-    """An argparse type: the name of a device that this machine has."""
-    kind, _, index = text.partition(":")
-    n = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
-    if (index or "0") not in map(str, range(n.get(kind, 0))):
-        raise argparse.ArgumentTypeError(f"{text}: not on this machine; use cpu, or cuda with GPUs")
-    return text
 
 
 def dtype_of(args):

@@ -34,8 +34,7 @@ MAY_DIFFER = {"model", "weights", "seed", "out", "settings", "data", "batch", "d
 
 
 def split_number(text):
-    """A name and the number behind it: ("soft", 1) for "soft-1" and "soft-s1"; (text, None) where there is none.
-    An exponent is none: "soft-1e-4" is a name, and "soft-1e-4-0" and "soft-1e-4-s0" are seed 0 of it."""
+    """("soft", 1) for "soft-1" and "soft-s1"; (text, None) where no number is behind it, or only an exponent's."""
     match = re.fullmatch(r"(.+)(?:-s|(?<![0-9.][eE])-)([0-9]+)", text)
     return (match[1], int(match[2])) if match else (text, None)
 
@@ -61,8 +60,8 @@ def read_results(args):
     rows, conditions = [], {}
     for file in args.files:
         content, stem = read_json(file), Path(file).stem
-        if "results" not in content or stem in conditions:
-            raise InputError(f"{file}: not a results file, or the second of its name; leave it out")
+        if stem in conditions:
+            raise InputError(f"{file}: the second of its name; leave it out")
         conditions[stem] = dict(content["args"] if isinstance(content["args"], dict) else {}, **content.get("run", {}))
         rows += [(split_number(stem), task, setting, figures)
                  for task, results in content["results"].items() if task in (args.tasks or content["results"])
@@ -80,8 +79,8 @@ def columns_of(setting, figures):
         if how == "sample":
             most = max((key for key in figures if key.startswith("pass@")), key=lambda key: int(key[5:]))
             columns[f"{mode} {most}"] = figures[most]
-            if entropy := figures.get("entropy"):  # over all positions of all samples
-                columns[f"{mode} entropy"] = np.average(entropy["mean"], weights=entropy["n_rows"])
+            columns[f"{mode} entropy"] = np.average(  # over all positions of all samples
+                figures["entropy"]["mean"], weights=figures["entropy"]["n_rows"])
     return columns
 
 
@@ -138,11 +137,10 @@ def print_tables(cells, interval=None):
     for title in dict.fromkeys(title for title, *_ in cells):
         part = {key[1:]: [*seeds.values()] for key, seeds in cells.items() if key[0] == title}
         n = {name: max(len(values) for (_, of), values in part.items() if of == name) for _, name in part}
-        print(f"\n| {title} | " + " | ".join(f"{name} (n = {n[name]})" for name in n) + " |")
-        print("|" + " --- |" * (1 + len(n)))
-        for column in dict.fromkeys(column for column, _ in part):
-            texts = [text_of(column, part.get((column, name), []), n[name], interval) for name in n]
-            print(f"| {column} | " + " | ".join(texts) + " |")
+        rows = [[title, *(f"{name} (n = {n[name]})" for name in n)], ["---"] * (1 + len(n))]
+        rows += [[column, *(text_of(column, part.get((column, name), []), n[name], interval) for name in n)]
+                 for column in dict.fromkeys(column for column, _ in part)]
+        print("", *("| " + " | ".join(row) + " |" for row in rows), sep="\n")
 
 
 def table(args):
@@ -220,8 +218,6 @@ def checkpoints(args):
 
 def draw(panels, path):
     """Draw {(title, x label): {(name, mode): [(x, y) of each seed]}}, by seeds' mean and standard deviation."""
-    if not str(path).endswith((".png", ".svg")):
-        raise InputError(f"--plot {path}: give the name of a .png or .svg to draw to")
     from matplotlib.figure import Figure  # only needed here
     names, modes = (dict.fromkeys(line[i] for lines in panels.values() for line in lines) for i in (0, 1))
     n_columns, n_rows, handles = min(3, len(panels)), -(-len(panels) // 3), {}

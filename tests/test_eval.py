@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import random_model, script_inside
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from test_sample import checkpoint, tokenizer_like
 
 import eval as evaluation
 from eval import Record, evaluate, judge, load_problems, score, summarize, worked_text
@@ -61,8 +61,6 @@ def test_what_cannot_be_asked_is_left_out_and_counted(rows, tmp_path, capsys):
     rows = [row if isinstance(row, str) else good | row for row in rows]
     assert len(loaded(tmp_path, good, *rows, "", good)) == 2
     assert f"d.jsonl: left out {len(rows)} without question, answer or" in capsys.readouterr().out
-    with pytest.raises(InputError, match="no problems"):
-        loaded(tmp_path, *rows)
 
 
 @pytest.mark.parametrize("content, named", [
@@ -78,20 +76,6 @@ def test_file_that_is_no_data_is_refused_in_one_line(content, named, tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_folders_of_csv_files_are_read_and_other_kinds_refused(tmp_path):
-    (tmp_path / "data" / "test").mkdir(parents=True)
-    (tmp_path / "data" / "test" / "algebra_test.csv").write_text('"What,\nthen?",1,2,3,4,C\n\n')
-    shutil.make_archive(str(tmp_path / "mmlu"), "tar", tmp_path, "data")
-    for data in ("data/test", "mmlu.tar"):
-        problem, = load_problems(str(tmp_path / data), "test")
-        assert (problem["stem"], problem["choices"], problem["answer"]) == ("What,\nthen?", ["1", "2", "3", "4"], "C")
-    (tmp_path / "bad.csv").write_text("question,answer\n")
-    for data, match in {tmp_path: "enough values", "d.parquet": "read_parquet", "d.jsonl.gz": "gunzip",
-                        "nonsense": "gsm8k", "no.jsonl": "no.jsonl"}.items():
-        with pytest.raises(InputError, match=match):
-            load_problems(str(data), "test")
-
-
 def test_arithmetic_is_right_its_splits_disjoint_and_its_stream_as_ever():
     for task, rules in evaluation.ARITHMETIC.items():
         modulus = rules["modulus"]
@@ -104,21 +88,8 @@ def test_arithmetic_is_right_its_splits_disjoint_and_its_stream_as_ever():
                 assert step == f"{value}{sign}{digit}={result:0{len(value)}}"
                 value = f"{result:0{len(value)}}"
             assert p["answer"] == value and evaluation.arithmetic_split(p["question"]) == split
-        with pytest.raises(InputError, match="val_size 30000"):
-            load_problems(task, "val", 30000)
     made = [evaluation.arithmetic_problem(random.Random(i), t, False) for i in range(20) for t in evaluation.ARITHMETIC]
     assert hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16] == "c6e735a493a4741f"
-
-
-def test_download_is_complete_or_not_at_all(tmp_path):
-    (tmp_path / "source").write_bytes(b"x")
-    evaluation.download((tmp_path / "source").as_uri(), hashlib.sha256(b"x").hexdigest()[:16], tmp_path / "data" / "good")
-    assert (tmp_path / "data" / "good").read_bytes() == b"x"
-    with pytest.raises(InputError, match="SHA-256"):
-        evaluation.download((tmp_path / "source").as_uri(), "0" * 16, tmp_path / "data" / "bad")
-    assert not (tmp_path / "data" / "bad").exists()
-    with pytest.raises(InputError, match="cannot download file:.*nowhere"):
-        evaluation.download((tmp_path / "nowhere").as_uri(), "", tmp_path / "data" / "bad")
 
 
 def test_figures_by_hand():
@@ -153,29 +124,28 @@ def test_samples_do_not_depend_on_the_batch_and_are_judged(setting, tiny):
             assert s["verdict"] == verdict and len(s["entropy"]) == s["cot_len"] < s["length"]
 
 
+SIZE = {"vocab_size": 400, "max_position_embeddings": 1024}
+
+
 @pytest.fixture(scope="module")
 def byte_dir(tmp_path_factory):
     """A random model over bytes as a checkpoint directory: unlike the tiny one it knows letters."""
-    path, alphabet = tmp_path_factory.mktemp("bytes"), sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    random_model(vocab_size=256, max_position_embeddings=1024).save_pretrained(path)
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "soft_tokens.json").write_text('{"prompt": "Q: {question} A:", "cot_len": 6, "answer_len": 4}')
+    path = tmp_path_factory.mktemp("bytes")
+    checkpoint(path, tokenizer_like("gpt2"), soft_tokens={"prompt": "Q: {question} A:", "cot_len": 6, "answer_len": 4})
+    random_model(**SIZE).save_pretrained(path)
     return path
 
 
-def test_likelihoods_equal_a_direct_computation(byte_dir, tiny):
-    (model, tokenizer), recorded = evaluation.load(byte_dir), []
+def test_likelihoods_equal_a_direct_computation(byte_dir):
+    model, tokenizer = evaluation.load(byte_dir)
 
     def direct(prompt, text):
         n, ids = len(prompt), tokenizer.encode(prompt + text).ids
         logp = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1).detach()
         return logp[n - 1:-1].gather(-1, torch.tensor(ids[n:])[:, None])[:, 0]
-    results = score(model, tokenizer, PROBLEMS, record=recorded.append)  # the third has no solution
+    results = score(model, tokenizer, PROBLEMS)  # the third has no solution
     expected = [-direct(f"Q: {p['question']} A:", worked_text(p)).mean().item() for p in PROBLEMS[:2]]
     assert [r["nll"] for r in results] == pytest.approx(expected, abs=1e-4)
-    assert recorded == results == score(model, tokenizer, PROBLEMS, done=recorded)
     questions = [{"question": f"{stem}\nA. x\nB. yy=1", "stem": stem, "choices": ["x", "yy=1"], "answer": answer,
                   "solution": ""} for stem in ("What?", "Which of them") for answer in "AB"]
     for q, r in zip(questions, score(model, tokenizer, questions), strict=True):
@@ -183,11 +153,6 @@ def test_likelihoods_equal_a_direct_computation(byte_dir, tiny):
         text, gold = [direct(q["stem"], f" {c}").mean().item() for c in q["choices"]], "AB".index(q["answer"])
         assert [r["nll"], r["letter_nll"]] == pytest.approx([-text[gold], -letter[gold]], abs=1e-4)
         assert (r["text_accuracy"], r["letter_accuracy"]) == (text[gold] == max(text), letter[gold] == max(letter))
-    with pytest.raises(InputError, match="context"):
-        score(model, tokenizer, [{"question": "Q", "answer": "1", "solution": "x" * 1024}])
-    evaluation.check_vocabulary(tiny[1], load_problems("arithmetic", "val", 5))
-    with pytest.raises(InputError, match=r"--data: .* 25.0% .*'b'"):
-        evaluation.check_vocabulary(tiny[1], [{"question": "1+1", "answer": "b", "solution": ""}])
 
 
 def test_record_goes_on_and_what_is_none_is_refused(tmp_path):
@@ -202,9 +167,7 @@ def test_record_goes_on_and_what_is_none_is_refused(tmp_path):
     path.write_bytes(whole + b'{"task": "t')
     again = Record(path, run)
     assert [s["problem"] for s in again.samples["t", "choices"]] == [0, 1] and path.read_bytes() == whole
-    again.file = open("/dev/full", "ab", buffering=0)
-    with pytest.raises(InputError, match="r.jsonl: .*No space left"):
-        again.write(nll=1.0)
+    again.file.close()
     with pytest.raises(InputError, match="r.jsonl: of another run: seed was 0, is 1; dtype was None, is 'x'"):
         Record(path, {"seed": 1, "dtype": "x"})
     lines = whole.split(b"\n")
@@ -236,7 +199,7 @@ def test_command_goes_on_after_a_kill_and_refuses_another_run(byte_dir, tmp_path
         done = script_inside(*flags, other)
         assert done.returncode == 0 and json.loads(other.read_text())["results"] == results, done.stderr
     (model / "soft_tokens.json").write_text('{"prompt": "User: {question} A:"}')
-    random_model(seed=1, vocab_size=256, max_position_embeddings=1024).save_pretrained(model)
+    random_model(seed=1, **SIZE).save_pretrained(model)
     done = script_inside(*flags, whole, "--seed", 1, "--limit", 2, "--cot_len", 5, "--dtype", "bfloat16",
                          "--samples", 2)
     assert done.returncode == 2 and all(f"{key} was" in done.stderr.splitlines()[-1] for key in (

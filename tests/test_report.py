@@ -40,9 +40,10 @@ def test_differences_are_paired_over_seeds_and_other_budgets_are_named(tmp_path,
 def test_interrupted_records_are_compared_over_the_problems_of_both(tmp_path, capsys):
     base, soft = (str(tmp_path / f"{name}.json") for name in ("base", "soft"))
     for name, verdicts, end in (("base", ["wrong", "wrong"], None), ("soft", ["correct", "wrong"], -30)):
-        text = '{"run": {}}\n' + "".join(json.dumps({
-            "task": "sums", "setting": "hard_sample", "problem": problem, "sample": sample, "verdict": verdict,
-            "truncated": False, "cot_len": 1, "entropy": [0.5]}) + "\n" for problem in range(3) for sample, verdict in enumerate(verdicts))
+        sample = {"task": "sums", "setting": "hard_sample", "truncated": False, "cot_len": 1, "entropy": [0.5]}
+        lines = [sample | {"problem": problem, "sample": i, "verdict": verdict}
+                 for problem in range(3) for i, verdict in enumerate(verdicts)]
+        text = "".join(json.dumps(line) + "\n" for line in [{"run": {}}, *lines])
         (tmp_path / f"{name}.jsonl").write_text(text[:end])  # soft's last problem has one sample and half a line
     report.table(Namespace(**OPTIONS, command="compare", files=[base, soft]))
     assert_printed(capsys.readouterr().out, "half a line", "soft.json (n = 2)", "sample | +50.0 [", "pass@2 | +100.0 [")

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT, script_inside
 
 SCRIPTS = ("train.py", "sample.py", "eval.py")
@@ -20,24 +19,18 @@ sample.py --model TINY                                 | question
 sample.py --model empty 1+1                            | empty/config.json
 sample.py --model run 1+1                              | best/
 train.py --model TINY --samples 1                      | --samples 1
-train.py --lr -1                                       | --lr
 train.py --lr nan                                      | --lr
 train.py --steps 0                                     | --steps
-train.py --prompts 0.5                                 | --prompts
-train.py --clip 0                                      | --clip
 train.py --micro_batch 0                               | --micro_batch
 train.py --warmup ten                                  | --warmup
 train.py --seed -1                                     | --seed
 train.py --seed 99999999999999999999                   | --seed
 train.py --dtype float16                               | --dtype
-train.py --device abacus                               | --device
 train.py --device cuda:99                              | --device
-train.py --speed 9                                     | --speed
 train.py --mode loud                                   | --mode
 train.py --data gsm8k                                  | --data gsm8k
 train.py --data nowhere.jsonl --out new                | nowhere.jsonl
 train.py --seed 7                                      | out/base-arithmetic-7
-train.py --model TINY --data nonsense                  | --data nonsense
 train.py --model TINY --data arithmetic --out plain.jsonl/out           | plain.jsonl
 train.py --model TINY --data plain.jsonl               | --val_size 128
 train.py --model TINY --data arithmetic --val_size 9999                 | --val_size
@@ -45,18 +38,16 @@ train.py --model TINY --data long.jsonl --val_size 1   | context of 256
 train.py --model TINY --data arithmetic --cot_len 999  | --cot_len
 train.py --model TINY --data plain.jsonl --val_size 1 --mode sft        | plain.jsonl
 train.py --model TINY --data letters.jsonl --val_size 1                 | characters
-sample.py --model TINY --temperature 0 1+1             | --temperature
 sample.py --model TINY --temperature 1e300 1+1         | --temperature
-sample.py --model TINY --noise_scale much 1+1          | --noise_scale
 sample.py --model TINY 11111111111111111111111111111111 --cot_len 250   | context of 256
 sample.py --model TINY --show 0 1+1                    | --show
 sample.py --model TINY --cot_len 9 --inspect nowhere/page.html 1+1      | nowhere/page.html
 eval.py --model TINY --cot_len 0                       | --cot_len
-eval.py --model TINY --settings soft                   | --settings soft
 eval.py --model TINY --out r.txt                       | --out r.txt
 eval.py --model TINY --out plain.jsonl/r.json          | plain.jsonl
-eval.py --model TINY --verifier vote                   | --verifier
 eval.py --model TINY --data empty                      | empty
+eval.py --model TINY --data d.parquet                  | read_parquet
+eval.py --model TINY --data d.jsonl.gz                 | gunzip
 eval.py --model TINY --data arithmetic,nowhere.jsonl   | nowhere.jsonl
 eval.py --model TINY --prompt_file nowhere             | --prompt_file nowhere
 """
@@ -112,9 +103,8 @@ def test_screen_is_narrow_and_has_no_carriage_returns(tiny_dir, tmp_path):
 
 def test_sample_shows_the_thought_and_writes_the_page(tiny_dir, tmp_path):
     flags = ["sample.py", "--model", tiny_dir, "--cot_len", 6, "3+4*<2>"]
-    first, again, other = (script_inside(*flags, "--seed", seed) for seed in (0, 0, 9))
-    assert first.returncode == 0 and "answer: " in first.stdout and "\\boxed{" in first.stdout
-    assert first.stdout == again.stdout != other.stdout
+    first, again, other = (script_inside(*flags, "--seed", seed).stdout for seed in (0, 0, 9))
+    assert "answer: " in first and "\\boxed{" in first and first == again != other
     for mode in ("soft", "hard", "fuzzy"):
         page = tmp_path / f"{mode}.html"
         done = script_inside(*flags, "--mode", mode, "--show", 3, "--inspect", page)
@@ -149,8 +139,6 @@ def test_house_rules():
 
 def test_repository_holds_what_the_card_names():
     listed = subprocess.run(["git", "-C", ROOT, "ls-files"], text=True, capture_output=True)
-    if listed.returncode or "train.py" not in listed.stdout:
-        pytest.skip("not in a repository")
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert top <= {"README.md", "requirements.txt", "model.py", "sample.py", "train.py", "eval.py", "tests", "assets",
                    "LICENSE", ".ci", ".gitignore"}

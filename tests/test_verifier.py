@@ -1,7 +1,5 @@
 """eval.py's verifier: what equals a reference, what does not, and what a hostile answer may cost."""
 import contextlib
-import hashlib
-import importlib.util
 import random
 import signal
 import threading
@@ -97,10 +95,8 @@ REAL = {"gsm8k_test": 1319, "math500": 500, "mawps": 2065, "math_train": 7498, "
 @pytest.mark.parametrize("file", REAL)
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="the benchmark files are not here")
 def test_every_reference_of_a_real_file_equals_itself_and_hardly_another(file):
-    problems = load_problems(str(path := SHARED / "data" / f"{file}.jsonl"), "test")
+    problems = load_problems(str(SHARED / "data" / f"{file}.jsonl"), "test")
     assert len(problems) == REAL[file] and all(p["question"] for p in problems)
-    digest, known = hashlib.sha256(path.read_bytes()).hexdigest(), [sha256 for _, sha256 in evaluation.FILES.values()]
-    assert digest[:16] in known or file not in ("gsm8k_test", "math500", "mawps")
     golds, start = [p["answer"] for p in problems], time.process_time()
     others = random.Random(0).sample(golds, len(golds))
     assert sum(verify(*pair) for pair in zip(golds, others) if file == "math500" and pair[0] != pair[1]) <= 2
@@ -120,13 +116,12 @@ def test_math_verify_agrees_where_it_is_installed():
 
 def test_verdicts_need_neither_the_main_thread_nor_an_alarm(monkeypatch):
     verdicts = []
-    for name in evaluation.VERIFIERS[:2 if importlib.util.find_spec("math_verify") else 1]:
-        thread = threading.Thread(target=lambda: verdicts.append([judge(t, "0.5", name) for t in ("1/2", "2")]))
-        thread.start()
-        thread.join()
+    thread = threading.Thread(target=lambda: verdicts.append([judge(text, "0.5") for text in ("1/2", "2")]))
+    thread.start()
+    thread.join()
     monkeypatch.delattr(signal, "SIGALRM")
     verdicts.append([judge(text, "0.5") for text in ("1/2", "2")])
-    assert all(verdict == ["correct", "wrong"] for verdict in verdicts) and len(verdicts) >= 2
+    assert verdicts == [["correct", "wrong"]] * 2
 
 
 def test_time_limits_nest_and_judging_has_one(monkeypatch):
