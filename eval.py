@@ -64,9 +64,9 @@ FILES = {  # (task, split): address, and how its SHA-256 begins where that is kn
     ("hellaswag", "val"): (f"{RAW}/rowanz/hellaswag/master/data/hellaswag_val.jsonl", ""),
     ("arc", "test"): (f"{ARC}/ARC-Challenge-Test.jsonl", "9fa8ffb3e3a1f88c"),
     ("mmlu", "test"): ("https://people.eecs.berkeley.edu/~hendrycks/data.tar", "")}
-ARITHMETIC = {  # chains of numbers: their modulus, count and signs (as often as they stand there);
-    # careless: how often the writers of the base's texts take a sign for a plus, before digits
-    # below 4 and from 4; slip: how often they write a wrong digit
+ARITHMETIC = {  # chains of n numbers, modulo `modulus`, with signs that are drawn evenly. Careless
+    # writers take a sign for a plus with probability careless[0] before a digit below 4, else
+    # careless[1], and write a wrong digit in a result with probability slip
     "arithmetic": dict(modulus=10, n=(3, 4), signs="+-*", careless=(0.5, 0.5), slip=0.0),
     "chains": dict(modulus=100, n=(3, 4), signs="++++-----*", careless=(0.3, 0.6), slip=0.2)}
 TASKS = [*ARITHMETIC, *dict.fromkeys(task for task, _ in FILES)]
@@ -110,11 +110,11 @@ def read_rows(path):
     return map(json.loads, filter(str.strip, text.split("\n")))
 
 
-def field(row, *names):
-    """The first of these fields that is there, as text; "" for none, null and NaN."""
-    value = next((row[name] for name in names if row.get(name) is not None), "")
+def field(*values):
+    """The first of these values that is there, as text; "" for none, null and NaN."""
+    value = next((v for v in values if v is not None), "")
     if isinstance(value, list):
-        return ", ".join(field({"": item}, "") for item in value)
+        return ", ".join(map(field, value))
     if not isinstance(value, (str, int, float)):
         raise TypeError(f"{value!r:.40} where text belongs")
     str(value).encode()  # a ValueError for half a character
@@ -128,10 +128,10 @@ def read_problem(row):
         row |= row["question"]
     if not (row.keys() & {*QUESTION} and row.keys() & {*ANSWER, "solution"}):
         raise LookupError("it lacks question (or problem, input) or answer (or target)")
-    question, answer = field(row, *QUESTION), field(row, *ANSWER)
-    solution = field(row, "solution")
+    question, answer = field(*map(row.get, QUESTION)), field(*map(row.get, ANSWER))
+    solution = field(row.get("solution"))
     if question and "body" in row:  # SVAMP and ASDiv: what is asked about; and 9 (apples)
-        question = f"{field(row, 'body')} {question}"
+        question = f"{field(row['body'])} {question}"
         answer = re.sub(r"\s*\([^()]*\)", "", answer)
     if choices := next((row[name] for name in CHOICES if row.get(name)), None):
         return choice_problem(question, choices, answer)
@@ -140,7 +140,7 @@ def read_problem(row):
     elif not answer:  # MATH as published
         answer = read_box(solution.rpartition("\\boxed{")[2]) or ""
     problem = {"question": question, "answer": answer.strip(), "solution": solution.strip()}
-    if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", field(row, "error")):  # OlympiadBench
+    if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", field(row.get("error"))):  # OlympiadBench
         problem["tolerance"] = float(row["error"])
     return problem
 
@@ -156,7 +156,7 @@ def choice_problem(stem, choices, gold):
         labels, texts = ([choice[key] for choice in choices] for key in ("label", "text"))
     elif gold.isdecimal():
         gold = LETTERS[int(gold)]
-    texts = [field({"": text}, "") for text in texts]
+    texts = [*map(field, texts)]
     letter_of = {str(label).upper(): letter for label, letter, _ in zip(labels, LETTERS, texts)}
     listing = "".join(map("\n{}. {}".format, LETTERS, texts))
     return {"question": stem and stem + listing, "answer": letter_of.get(gold.upper(), ""),
@@ -167,7 +167,7 @@ def load_problems(data, split, n=512):
     """The problems of a task or of a file. split: "train", "val" or "test"; a task without such a
     file has another for it. n: how many problems of arithmetic, whose splits are disjoint."""
     if data in ARITHMETIC:
-        if n > 8192:  # the smallest split has few more: this would never end
+        if n > 8192:  # with more than a split has, this would never end
             raise InputError(f"--limit or --val_size {n}: {data} has 8192 problems; use fewer")
         rng, made = random.Random(split), {}
         while len(made) < n:
@@ -668,8 +668,8 @@ def main(args):
         encode_prompts(tokenizer, notes, [p["question"] for p in problems], n_new, model.config)
     if args.out:
         print("computing digests", flush=True)
-        run = {**notes, "dtype": str(dtype_of(args)), "seed": args.seed, "samples": args.samples,
-               "verifier": f"{args.verifier} {VERIFIER_VERSION}"}
+        run = {**notes, "cuda_graphs": None, "dtype": str(dtype_of(args)), "seed": args.seed,
+               "samples": args.samples, "verifier": f"{args.verifier} {VERIFIER_VERSION}"}
         for file in Path(args.model).glob("*.safetensors"):
             run[file.name] = hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
         for task, problems in tasks.items():

@@ -9,7 +9,8 @@ Train a language model to think in soft tokens: RLOO on continuous chains of tho
 
 One step: sample G rows for each of B questions, reward them, subtract the mean of the others, score
 the recorded actions again with gradients, update. Modes hard, soft and fuzzy differ in the action
-only; mode sft puts reference solutions in the place of samples, and 1 in that of the advantage.
+only; mode sft puts reference solutions in the place of samples, and the mean over tokens in that of
+advantages.
 
 Equation numbers are those of "Soft Tokens, Hard Truths" (arXiv 2509.19170). Dimensions: B questions
 (--prompts), G samples of each (--samples), R = B G rows, r rows of this rank, N slots, D width.
@@ -26,7 +27,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,17 +44,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from eval import (ARITHMETIC, FILES, TASKS, VERIFIERS, arithmetic_problem, arithmetic_split,
                   check_vocabulary, evaluate, judge, load_problems, worked_text)
 from model import Config, InputError, Transformer, read_json, whole, write_json
-from sample import (MODES, NOBODY, STOP, THOUGHT, TOKEN, TRAIN, Parser, Rollout, encode_behind,
+from sample import (NOBODY, STOP, THOUGHT, TOKEN, TRAIN, Parser, Rollout, encode_behind,
                     encode_prompts, generate, load, notes_with, positive)
 
 # Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
     data="gsm8k", steps=4000, prompts=2, samples=32, cot_len=128, answer_len=32, lr=6e-6, warmup=20,
-    micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", clip=1.0)
+    micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", clip=1.0,
+    verifier="own")
 PAPER_SFT = PAPER | dict(steps=500, prompts=16, lr=1e-5)  # not in the paper: for small models
 TINY = dict(  # without
     data="arithmetic", steps=120, prompts=32, samples=16, cot_len=32, answer_len=4, lr=1e-4,
-    warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", clip=1.0)
+    warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", clip=1.0,
+    verifier="own")
 TINY_FUZZY = TINY | dict(dtype="bfloat16")  # fuzzy thoughts learn from logits that tie
 TINY_CONFIG = dict(
     model_type="llama", hidden_size=64, intermediate_size=192, num_hidden_layers=3, head_dim=16,
@@ -85,7 +87,8 @@ def reward(verdict, row):
 def rloo(rewards):
     """eq. 12: each reward minus the mean of its group's other G - 1; (B, G) -> (B, G), G >= 2."""
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    return rewards - others
+    all_equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # exactly 0, despite rounding
+    return (rewards - others).masked_fill(all_equal, 0)
 
 
 def score(model, rollout, rows, weight, noise_std):
@@ -334,8 +337,10 @@ def save(out, model, optimizer, source, args, state, is_best):
                         ignore=shutil.ignore_patterns("optimizer.safetensors"))
         put(best, out / "best")
     if args.keep:
-        shutil.copytree(new, out / f"step-{state['step']:06d}", copy_function=os.link,
-                        dirs_exist_ok=True, ignore=shutil.ignore_patterns("optimizer.safetensors"))
+        kept = out / f"step-{state['step']:06d}"
+        shutil.rmtree(kept, ignore_errors=True)  # of a run that was killed here
+        shutil.copytree(new, kept, copy_function=os.link,
+                        ignore=shutil.ignore_patterns("optimizer.safetensors"))
     put(new, out / "last")
 
 
@@ -400,7 +405,7 @@ def listen():
 
 
 def validate(model, tokenizer, val, args):
-    """Greedy accuracy on the problems of all ranks by setting, in own tokens and in hard ones."""
+    """Greedy accuracy, {setting: share}: in the mode's own tokens, and in hard ones."""
     accuracy, part = {}, val[dist.get_rank()::dist.get_world_size()]
     for mode in dict.fromkeys(("hard" if args.mode == "sft" else args.mode, "hard")):
         with gathered(model):
@@ -438,13 +443,14 @@ def train(args):
     for step in range(max(0, state["step"]), args.steps + 1):
         # Evaluate and save: before the first step, every so often, after the last; or on request
         stop = summed(len(asked_to_stop), args.device).item() > 0
-        due = step % args.eval_every == 0 or step == args.steps
         validated = state["validated"]  # {step: {setting: accuracy}}
-        if due and not stop and str(step) not in validated:
+        due = step % args.eval_every == 0 or step == args.steps
+        due = due and not stop and str(step) not in validated
+        if due:
             say(f"validating on {len(val)} problems ...")
             validated[str(step)] = accuracy = validate(model, tokenizer, val, args)
             say(f"step {step}: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in accuracy.items()))
-        if (due or stop) and step > state["step"]:
+        if due or stop and step > state["step"]:
             state["step"] = step
             save(out, model, optimizer, source, args, state, best_step(validated, own) == step)
         if stop or step == args.steps:
@@ -535,7 +541,7 @@ def best_step(validated, own):
 
 def say_end(out, args, state, own):
     """Say what was gained and what to do next; OUT/summary.json tells that the run is complete."""
-    if state["step"] < args.steps:
+    if str(args.steps) not in state["validated"]:
         return say(f"Stopped at step {state['step']}; the same command with --resume goes on.")
     validated, best = state["validated"], best_step(state["validated"], own)
     base, final = validated["0"], validated[str(args.steps)]
@@ -545,7 +551,7 @@ def say_end(out, args, state, own):
             "validated": validated, "checkpoint": str(out / "best"), "steps": args.steps})
     for name in base:
         say(f"{name}: {100 * base[name]:.1f} % before, {100 * final[name]:.1f} % after")
-    if not args.model.endswith("init"):  # a tiny base's own run is the first part of another
+    if Path(args.model) != out / "init":  # a tiny base's own run is the first part of another
         pair = {(args.data, "train"), (args.data, "test")}
         has_test = args.data in ARITHMETIC or pair <= {*FILES}
         data = args.data if has_test else out / "val.jsonl"  # not what was trained on
@@ -554,7 +560,8 @@ def say_end(out, args, state, own):
 
 
 def configure(args):
-    """Fill in what no flag says: from the run in OUT with --resume, else from a preset."""
+    """Fill in what no flag says: from the run in OUT with --resume, else from a preset. A flag with
+    a default, like --seed, must be given to --resume again."""
     args.out = args.out or f"out/{args.mode}"
     last, best = Path(args.out) / "last", Path(args.out) / "best"
     for path in (last, best):
@@ -589,8 +596,8 @@ def configure(args):
     if not args.model and args.data in TASKS and args.data not in ARITHMETIC:
         raise InputError(f"--data {args.data}: the tiny model knows {', '.join(ARITHMETIC)} and "
                          "files of your own; choose from these, or add --model")
-    if args.data not in ARITHMETIC:
-        load_problems(args.data, "train")  # what is wrong there is noticed before the long work
+    if not args.model and args.data not in ARITHMETIC:
+        load_problems(args.data, "train")  # what is wrong there is noticed before a base is made
 
 
 def main(args):

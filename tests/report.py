@@ -9,8 +9,8 @@ Tables and pictures for the README, from results files of eval.py and logs of tr
     python tests/report.py checkpoints results/*.json --against hard --plot paths.png
 
 Results are named NAME-SEED.json or NAME-sSEED.json, logs by their folder; `checkpoints` takes NAME-SEED-STEP.json, and
-NAME-SEED.json as step 0 of every run with that seed. Shares are in percent, entropy (at temperature 1) and likelihoods
-in nats; ± and bands are one standard deviation over seeds; intervals are 95 %, by Student's t or by bootstrap.
+NAME-SEED.json as step 0 of every run with that seed. ± and bands are one standard deviation over seeds; intervals are
+95 %, by Student's t or by bootstrap.
 """
 import itertools
 import json
@@ -114,8 +114,6 @@ def t_interval(values):
 
 def paired(cells, other):
     """The differences of cells, {(title, column, name): {seed: value}}, from those of the name `other`, by seed."""
-    if other not in {name for *_, name in cells}:
-        raise InputError(f"{other}: no such name; give NAME of a file NAME-SEED.json")
     return {(f"{title}, minus {other}", column, name): {
                 seed: value - cells[title, column, other][seed] for seed, value in seeds.items()
                 if seed in cells.get((title, column, other), ())}
@@ -220,10 +218,10 @@ def draw(panels, path):
     """Draw {(title, x label): {(name, mode): [(x, y) of each seed]}}, by seeds' mean and standard deviation."""
     from matplotlib.figure import Figure  # only needed here
     names, modes = (dict.fromkeys(line[i] for lines in panels.values() for line in lines) for i in (0, 1))
-    n_columns, n_rows, handles = min(3, len(panels)), -(-len(panels) // 3), {}
-    figure = Figure((max(6, 3.3 * n_columns), 0.5 + 2.8 * n_rows), dpi=160, layout="constrained")
+    n_rows, handles = -(-len(panels) // 3), {}
+    figure = Figure((10, 0.5 + 2.8 * n_rows), dpi=160, layout="constrained")
     for i, ((title, x_label), lines) in enumerate(panels.items()):
-        axis, scale = figure.add_subplot(n_rows, n_columns, i + 1), 1 if title.endswith(NATS) else 100
+        axis, scale = figure.add_subplot(n_rows, min(3, len(panels)), i + 1), 1 if title.endswith(NATS) else 100
         for (name, mode), seeds in lines.items():
             end = min(len(x) for x, _ in seeds)
             x, y = np.mean([x[:end] for x, _ in seeds], 0), scale * np.array([y[:end] for _, y in seeds])

@@ -1,8 +1,6 @@
 """eval.py but its verifier: tasks and their files, what is counted, likelihoods, the record, the command line."""
-import hashlib
 import itertools
 import json
-import random
 import re
 import shutil
 
@@ -76,7 +74,7 @@ def test_file_that_is_no_data_is_refused_in_one_line(content, named, tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_arithmetic_is_right_its_splits_disjoint_and_its_stream_as_ever():
+def test_arithmetic_is_right_and_its_splits_are_disjoint():
     for task, rules in evaluation.ARITHMETIC.items():
         modulus = rules["modulus"]
         splits = {split: load_problems(task, split, 300) for split in ("train", "val", "test")}
@@ -88,8 +86,6 @@ def test_arithmetic_is_right_its_splits_disjoint_and_its_stream_as_ever():
                 assert step == f"{value}{sign}{digit}={result:0{len(value)}}"
                 value = f"{result:0{len(value)}}"
             assert p["answer"] == value and evaluation.arithmetic_split(p["question"]) == split
-    made = [evaluation.arithmetic_problem(random.Random(i), t, False) for i in range(20) for t in evaluation.ARITHMETIC]
-    assert hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16] == "c6e735a493a4741f"
 
 
 def test_figures_by_hand():
@@ -102,8 +98,8 @@ def test_figures_by_hand():
     verdicts, entropies = ["correct", "wrong", "unparsed", "error"], [[1.0, 2.0], [3.0], [5.0, 6.0, 7.0], [1.0]]
     r = summarize([{"problem": i // 2, "sample": i % 2, "verdict": v, "truncated": i == 0, "cot_len": i, "entropy": h}
                    for i, (v, h) in enumerate(zip(verdicts, entropies))])
-    assert r["pass@1"] == 0.25 and r["pass@2"] == 0.5 and r["n_problems"] == r["n_samples"] == 2
-    assert r["truncated"] == r["unparsed"] == r["errors"] == 0.25 and r["cot_len"] == 1.5
+    assert (r["pass@1"], r["pass@2"], r["n_problems"], r["n_samples"], r["cot_len"]) == (0.25, 0.5, 2, 2, 1.5)
+    assert r["truncated"] == r["unparsed"] == r["errors"] == 0.25
     assert r["entropy"] == {"mean": [2.5, 4.0, 7.0], "n_rows": [4, 2, 1]}
 
 

@@ -74,7 +74,6 @@ def test_advantage_learning_rate_and_the_questions_of_a_step(toy, tiny_dir):
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[8] == pytest.approx(1) and rates[12] == pytest.approx(0)
     drawn = [p for step in range(5) for p in questions_of_step(range(10), step, 4, seed=3)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == [*range(10)] and drawn[:10] != drawn[10:]
-    assert drawn[8:12] == questions_of_step(range(10), 2, 4, seed=3) != questions_of_step(range(10), 2, 4, seed=4)
     args = Namespace(mode="hard", data=toy(0)[-1], val_size=8, seed=1, cot_len=9, answer_len=9)
     trained, val = ({p["question"] for p in part} for part in train.load_data(args, *load(tiny_dir)))
     assert not trained & val and len(trained | val) == 20  # the file asks everything twice
@@ -312,12 +311,11 @@ def test_each_of_two_ranks_loads_its_share_alone(run, tmp_path):
     assert status == 0 and "Traceback" not in said, said
 
 
-def test_log_that_was_deleted_or_cut_is_put_right_and_an_out_in_use_is_refused(uninterrupted, toy, tmp_path):
+def test_log_that_was_cut_is_put_right_and_an_out_in_use_is_refused(uninterrupted, toy, tmp_path):
     lines = (uninterrupted / "log.jsonl").read_text().splitlines(keepends=True)
-    for text, n_kept in (("", 0), ("".join(lines[:2]) + lines[2][:30], 2)):
-        (tmp_path / "log.jsonl").write_text(text)
-        with train.open_log(tmp_path, 3):
-            assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:n_kept])
+    (tmp_path / "log.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
+    with train.open_log(tmp_path, 3):
+        assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:2])
     with open(uninterrupted / "log.jsonl") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         done = script_inside(*toy(uninterrupted, "--resume"))
