@@ -474,11 +474,8 @@ def dtype_of(args):
 
 
 def inspect(args, model, tokenizer, row, steps):
-    """Write main()'s steps as a page, args.inspect: assets/thought.html with the data in it.
-
-    Behind noise a step also tells how far that moved the input, and which tokens are nearest to
-    the input. Memory: V numbers at a time, whatever the number of steps.
-    """
+    """Write main()'s steps as a page, args.inspect: assets/thought.html with the data in it. Behind
+    noise they tell how far it moved the input, and which tokens of the vocabulary are nearest."""
     text_of, noisy, shown = text_of_ids(tokenizer), args.mode != "hard" and not args.greedy, []
     table = model.embed_tokens.weight.detach()[:tokenizer.get_vocab_size()]  # less its padding
     length = table.norm(dim=1).float().clamp(min=1e-9)  # (V,)
@@ -491,8 +488,8 @@ def inspect(args, model, tokenizer, row, steps):
             lists["nearest tokens, by cosine"] = [*zip(map(text_of, ids.tolist()), cosine.tolist())]
         shown.append({"word": word, "entropy": entropy, "lists": lists})
     data = json.dumps({"question": args.question, "answer": row.answer, "steps": shown, "how": {
-        "mode": args.mode, "temperature": row.notes["temperature"][args.mode], "seed": args.seed,
-        "noise": row.notes["noise_scale"] if noisy else "none", "model": args.model}})
+        "mode": args.mode, "temperature tau": row.notes["temperature"][args.mode], "noise scale":
+        row.notes["noise_scale"] if noisy else 0, "seed": args.seed, "model": args.model}})
     page = (Path(__file__).parent / "assets" / "thought.html").read_text(encoding="utf-8")
     page = page.replace("/*THOUGHT*/null", data.replace("<", "\\u003c"))  # "</script>" ends nothing
     Path(args.inspect).write_text(page, encoding="utf-8")
@@ -511,7 +508,7 @@ def main(args):
         if phase == COT:
             top = zip(*(t.tolist() for t in probs[0].topk(min(args.show or 6, probs.shape[1]))))
             top = [(text_of(i), p) for p, i in top]
-            steps.append((word, top, x[0].float(), model.mixture(probs[0])))
+            steps.append((word, top, x[0].float().clone(), model.mixture(probs[0])))
             if args.show:
                 heaviest = "  ".join(f"{text!r} {p:.3f}" for text, p in top)
                 word = f"{len(steps):4}  {word!r:>14}  |  {heaviest}\n"

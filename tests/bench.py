@@ -2,11 +2,10 @@
 Measurements against transformers, TRL and plain formulas, on a real checkpoint; no test, and not run by pytest.
 
     python tests/bench.py rollout --model path/to/SmolLM2-135M-Instruct --data path/to/gsm8k_test.jsonl
-    python tests/bench.py loss    # and step, eval, drift, ops, host like rollout; tests/gpu.py runs them all on a GPU
+    python tests/bench.py loss    # and step, eval, drift, ops like rollout; tests/gpu.py runs them all on a GPU
 
 SMOLLM2 in the environment may name the checkpoint instead. Both sides take turns within one run, or have a process each
-where peak memory is compared; transformers and TRL are left out where they are not installed. Figures are lines of
-JSON, most of them {"name", "ours", "peer", "ratio"}; the ratio is that of ours to the peer's, in the unit of the name.
+where peak memory is compared. Figures are lines of JSON, most of them {"name", "ours", "peer", "ratio": ours / peer}.
 """
 import argparse
 import contextlib
@@ -18,8 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-from argparse import Namespace
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -30,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, os.environ.get("NEW") or str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample  # noqa: E402
 import train  # noqa: E402
 from eval import evaluate, load_problems  # noqa: E402
 from model import WeightedLogProb  # noqa: E402
-from sample import MODES, ROUND, Decoder, encode_prompts, generate, load, text_of_ids  # noqa: E402
+from sample import MODES, ROUND, Decoder, encode_prompts, generate, load  # noqa: E402
 
 
 
@@ -67,8 +64,6 @@ def opened(args, dtype, n=2):
     notes = model.notes | {"cot_len": args.tokens - 16, "answer_len": 8}  # forced words come between them
     return model, tokenizer, notes, [p["question"] for p in load_problems(args.data, "test")[:args.problems or n]]
 
-
-# Rollout --------------------------------------------------------------------------------------------------------------
 
 def load_peer(args, dtype):
     import transformers
@@ -103,18 +98,15 @@ def bench_rollout(args):
             counts[mode] = sum(row.length for row in out.rows)
         sides = [lambda: ours("hard"), lambda: ours("soft")]
         if find_spec("transformers"):
-            peer, many = load_peer(args, dtype), (prompts, args.samples, args.tokens)
-            sides += [lambda: peer_generate(peer, *many),
-                      lambda: peer_generate(peer, *many, noise_std=notes["noise_scale"] * notes["rms"])]
+            peer = partial(peer_generate, load_peer(args, dtype), prompts, args.samples, args.tokens)
+            sides += [peer, lambda: peer(noise_std=notes["noise_scale"] * notes["rms"])]
         times = in_turn(args.runs, *sides)
         n = args.tokens * args.samples * len(prompts)
         hard, soft, *theirs = (n / t for n, t in zip((counts["hard"], counts["soft"], n, n), times))
         report(f"rollout_soft_vs_hard_{dtype}", soft, hard)  # tokens per second
-        for name, rate, peer in zip(("hard_vs_generate", "soft_vs_loop"), (hard, soft), theirs):
-            report(f"rollout_{name}_{dtype}", rate, peer)
+        for name, rate, theirs_ in zip(("hard_vs_generate", "soft_vs_loop"), (hard, soft), theirs):
+            report(f"rollout_{name}_{dtype}", rate, theirs_)
 
-
-# One decode step ------------------------------------------------------------------------------------------------------
 
 def decoder_at(slot, model, tokenizer, notes, questions, n_samples):
     """A Decoder as generate() makes it, while its rows think in soft tokens, at the given slot."""
@@ -125,18 +117,18 @@ def decoder_at(slot, model, tokenizer, notes, questions, n_samples):
             raise StopIteration
     with (mock.patch.object(sample, "Decoder", lambda *a: made.append(Decoder(*a)) or made[0]),
           contextlib.suppress(StopIteration)):
-        generate(model, tokenizer, questions, "soft", n_samples, notes=notes, store_thoughts=True, answer_greedy=False,
-                 on_step=stop)
+        generate(model, tokenizer, questions, "soft", n_samples, notes=notes, answer_greedy=False, on_step=stop,
+                 store_thoughts=True)
     return made[0]
 
 
 class Operations(TorchDispatchMode):
     """Counts tensor operations, which are kernel launches on a GPU: neither views nor allocations."""
-    counts = Counter()
+    count = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket.__name__
-        self.counts[name] += not (op.is_view or "empty" in name or name in ("_unsafe_view", "lift_fresh"))
+        self.count += not (op.is_view or "empty" in name or name in ("_unsafe_view", "lift_fresh"))
         return op(*args, **(kwargs or {}))
 
 
@@ -146,22 +138,7 @@ def bench_ops(args):
     decoder = decoder_at(ROUND, *opened(args, "bfloat16"), 2)
     with mock.patch.object(F, "rms_norm", lambda x, *_: -x), Operations() as operations:
         decoder.step(decoder.cache.columns)
-    print(", ".join(f"{n} {name}" for name, n in operations.counts.most_common() if n))
-    say("ops_per_step", ours=operations.counts.total())
-
-
-def bench_host(args):
-    """Milliseconds that Python takes between two steps of 256 rows: their noise, where they stand, their next tokens."""
-    model, tokenizer, *rest = opened(args, "bfloat16")
-    decoder, text_of = decoder_at(0, model, tokenizer, *rest, 256 // len(rest[1])), text_of_ids(tokenizer)
-    tokens = [37 * i % tokenizer.get_vocab_size() for i in range(len(decoder.rows))]
-    for row in decoder.rows:
-        row.notes = row.notes | {"cot_len": 10 ** 6}
-    noise = decoder.draw()
-    draw, tell, take = (1e3 * t / ROUND for t in in_turn(
-        args.runs, decoder.draw, lambda: [decoder.tell(part) for part in noise],
-        lambda: [row.take(i, text_of(i)) for _ in noise for row, i in zip(decoder.rows, tokens)]))
-    say("host_ms_per_step", ours=draw + tell + take, draw=draw, tell=tell, take=take)
+    say("ops_per_step", ours=operations.count)
 
 
 def bench_drift(args):
@@ -175,8 +152,6 @@ def bench_drift(args):
                                        notes["noise_scale"] * notes["rms"])[1].detach() for rows in parts])
         say(f"drift_{mode}_{dtype}", mean=delta.mean(), median=delta.median(), max=delta.max())
 
-
-# The fused log-prob against the plain formula -------------------------------------------------------------------------
 
 def peak_bytes(run, device):
     """The most memory that tensors took at a time while run() ran."""
@@ -192,14 +167,11 @@ def peak_bytes(run, device):
 
 
 def bench_loss(args):
-    sizes = ((256, 512, 64),) if args.quick else ((8192, 49152, 576), (4096, 128256, 2048))
-    for kind, (N, V, D) in itertools.product(("soft", "token"), sizes):
-        g = torch.Generator().manual_seed(0)
-        hidden, table = (torch.randn(n, D, generator=g).mul_(s).bfloat16().to(args.device).requires_grad_()
-                         for n, s in ((N, 1.0), (V, 0.1)))
-        thoughts, tokens = torch.randn(N, D, generator=g).bfloat16(), torch.randint(V, (N, 1), generator=g)
-        thoughts, tokens, weight, tau = (x.to(args.device) for x in (
-            thoughts, tokens, torch.randn(N, generator=g), torch.full((N,), 0.5)))
+    for kind, (N, V, D) in itertools.product(("soft", "token"), ((8192, 49152, 576), (4096, 128256, 2048))):
+        with torch.device(args.device):
+            hidden, table = (torch.randn(n, D).mul_(s).bfloat16().requires_grad_() for n, s in ((N, 1.0), (V, 0.1)))
+            thoughts, tokens = torch.randn(N, D).bfloat16(), torch.randint(V, (N, 1))
+            weight, tau = torch.randn(N), torch.full((N,), 0.5)
 
         def fused():
             hidden.grad = table.grad = None
@@ -213,12 +185,9 @@ def bench_loss(args):
                 (logits.softmax(-1).bfloat16() @ table).float(), 0.3).log_prob(thoughts.float()).sum(-1)
             (weight * logp).sum().backward()
         report(f"{kind}_logprob_time_{V}", *in_turn(args.runs, fused, plain))
-        hidden.grad = table.grad = None
         report(f"{kind}_logprob_memory_{V}", *(  # less the gradient of the table: float32 in fused, while it grows
             (peak_bytes(run, args.device) - n * table.numel()) / 1e9 for run, n in ((fused, 4), (plain, 2))))
 
-
-# Whole steps of reinforcement learning, each side in a process of its own ---------------------------------------------
 
 def our_steps(args, **given):
     """The log of train.py on args.model, in which every other row is rewarded, and nothing is saved."""
@@ -226,12 +195,11 @@ def our_steps(args, **given):
     unset = ("lr", "warmup", "prompt_file", "temperature", "noise_scale", "clip", "verifier", "resume", "eval_every",
              "activation_checkpointing", "no_cuda_graphs")
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
-        train.main(Namespace(**dict.fromkeys(unset), **dict(
+        train.main(argparse.Namespace(**dict.fromkeys(unset), **dict(
             mode="soft", model=args.model, data=args.data, out=out, steps=args.runs + 1, prompts=args.problems or 2,
             samples=args.samples, cot_len=args.tokens - 16, answer_len=8, micro_batch=args.micro_batch, val_size=2,
             dtype="bfloat16", seed=0, device=args.device) | given))
-        log = Path(out) / "log.jsonl"  # which the first rank writes
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [json.loads(line) for log in Path(out).glob("log.jsonl") for line in open(log)]  # of the first rank
 
 
 def trl_steps(args):
@@ -240,53 +208,50 @@ def trl_steps(args):
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
     n, ends, rewards, clock = args.problems or 2, [], itertools.cycle([100.0, 0.0]), transformers.TrainerCallback()
-    clock.on_step_end = lambda *_, **__: ends.append(seconds(time.perf_counter) + time.perf_counter())
+    clock.on_step_end = lambda *_, **__: ends.append(0 * seconds(int) + time.perf_counter())  # seconds: waits for a GPU
     _, _, notes, questions = opened(args, "bfloat16", n * (args.runs + 1))
     with tempfile.TemporaryDirectory() as out:
         RLOOTrainer(
             load_peer(args, "bfloat16"), lambda completions, **_: [next(rewards) for _ in completions],
             RLOOConfig(out, per_device_train_batch_size=16, gradient_accumulation_steps=n * args.samples // 16,
                        num_generations=args.samples, max_completion_length=args.tokens, beta=0.0, bf16=True,
-                       use_cpu=args.device == "cpu", max_steps=args.runs + 1, temperature=1.0, report_to=[],
-                       gradient_checkpointing=False, save_strategy="no", logging_steps=1000,
-                       generation_kwargs={"min_new_tokens": args.tokens}),
+                       use_cpu=args.device == "cpu", max_steps=args.runs + 1, temperature=1.0, save_strategy="no",
+                       report_to=[], gradient_checkpointing=False, generation_kwargs={"min_new_tokens": args.tokens}),
             Dataset.from_list([{"prompt": notes["prompt"].replace("{question}", q)} for q in questions]),
             processing_class=transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left"),
             callbacks=[clock]).train()
     return statistics.median(b - a for a, b in itertools.pairwise(ends)), train.peak_memory_gb(args.device)
 
 
-def together(*jobs):
-    """The results of functions without arguments that run at the same time, each in a process of its own."""
+def together(args, *jobs):
+    """The results of (function, options) that run at the same time, each in a process of its own."""
     with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
+        return [future.result() for future in [pool.submit(run, args, **options) for run, options in jobs]]
 
 
 def bench_step(args):
     found, n = {}, args.problems or 2
     for name, given in {"hard": {"mode": "hard"}, "soft": {}, "many": {"mode": "hard", "prompts": 4 * n}}.items():
-        lines, = together(partial(our_steps, args, **given))
+        lines, = together(args, (our_steps, given))
         parts = {part: statistics.median(x[part] for x in lines[1:]) for part in ("generate_s", "train_s")}
         found[name] = sum(parts.values()), lines[-1]["peak_gb"]
         say(f"step_{name}", **parts, peak_gb=lines[-1]["peak_gb"])
     report("step_soft_vs_hard", found["soft"][0], found["hard"][0])
     report("rows_scaling", found["many"][0], found["hard"][0])
     if find_spec("trl"):
-        peer, = together(partial(trl_steps, args))
+        peer, = together(args, (trl_steps, {}))
         report("step_hard_vs_trl", found["hard"][0], peer[0])
         report("step_memory_vs_trl", found["hard"][1], peer[1])
 
-
-# Evaluation ---------------------------------------------------------------------------------------------------------
 
 def bench_eval(args):
     """Sampling answers to many problems, hard tokens at temperature 1: evaluate() against generate()."""
     model, tokenizer, notes, questions = opened(args, "bfloat16", 64)
     prompts, peer = encode_prompts(tokenizer, notes, questions, 0, model.config), load_peer(args, "bfloat16")
-    problems, lengths, size = load_problems(args.data, "test")[:len(questions)], [], args.batch // args.samples
+    problems, lengths, size = load_problems(args.data, "test")[:len(questions)], [], 64 // args.samples
 
     def ours():
-        samples = evaluate(model, tokenizer, problems, "hard_sample", args.samples, notes=notes, batch=args.batch)
+        samples = evaluate(model, tokenizer, problems, "hard_sample", args.samples, notes=notes, batch=64)
         lengths[:] = [s["length"] for s in samples]
 
     def theirs():
@@ -304,16 +269,12 @@ if __name__ == "__main__":
     parser.add_argument("--problems", type=int, help="default 64 for eval, 2 otherwise")
     parser.add_argument("--samples", type=int, help="of each problem; default 8 for eval, 32 otherwise")
     parser.add_argument("--tokens", type=int, default=128, help="most per sample")
-    parser.add_argument("--batch", type=int, default=64, help="rows alive at a time in eval, on both sides")
     parser.add_argument("--micro_batch", type=int, default=16, help="rows per backward pass")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runs", type=int, default=5, help="after one to warm up")
-    parser.add_argument("--quick", action="store_true", help="small and once, to see that it runs")
     args = parser.parse_args()
     args.samples = args.samples or (8 if args.what == "eval" else 32)
-    if args.quick:
-        args.tokens, args.samples, args.runs = 32, 8, 1
     if not args.model and args.what != "loss":
-        parser.exit(2, "bench.py: error: --model is missing; name a checkpoint directory, or set SMOLLM2\n")
+        parser.error("--model is missing; name a checkpoint directory, or set SMOLLM2")
     benches[args.what](args)

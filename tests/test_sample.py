@@ -302,9 +302,7 @@ def on_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_recorded_step_gives_the_same_bits_and_one_that_cannot_be_recorded_too(
-        setting, tiny, request, monkeypatch, capsys):
-    """The same through refill and drops; and with one line about a graph that was refused."""
+def test_a_recorded_step_or_one_that_is_refused_gives_the_same_bits(setting, tiny, request, monkeypatch, capsys):
     (mode, how), refuse = setting.split("_"), mock.Mock(side_effect=RuntimeError("not permitted"))
     plain = think(tiny, mode, greedy=how == "greedy", batch=5)
     request.getfixturevalue("on_gpu")

@@ -78,7 +78,6 @@ def test_help_explains_every_flag_and_the_documents_name_only_flags_that_exist(m
         assert all(flag in known[name].format_help() for flag in known[name]._option_string_actions)
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in (*SCRIPTS, "README.md")]
     commands = re.findall(r"^.*?\b(train|sample|eval)\.py\b(.*)$", "\n".join(texts).replace("\\\n", " "), re.M)
-    assert len(commands) > 10
     for name, rest in commands:
         for flag in re.findall(r"(?<=\s)--[a-z_]+", rest):
             assert flag in known[f"{name}.py"]._option_string_actions or flag == "--nproc_per_node", (name, rest)
