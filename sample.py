@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from model import InputError, KVCache, Transformer, log_density, read_json, whole
@@ -152,10 +153,19 @@ class Rollout:
 
 
 def draw_tokens(probs, uniform):
-    """A token per row of probs (B, V), by inverting the cumulative sum at 1 - uniform (B,)."""
-    cdf = probs.cumsum(-1)
-    target = (1 - uniform)[:, None] * cdf[:, -1:]  # above 0: no token of probability 0 is drawn
-    return torch.searchsorted(cdf, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # of NaN: the last
+    """A token per row of probs (B, V), by inverting the cumulative sum at 1 - uniform (B,).
+
+    In two levels, a block of the vocabulary and then a token of it: a cumulative sum over all of V
+    would cost more than the softmax. No token of probability 0 is drawn.
+    """
+    blocks = probs.unflatten(-1, (-1, math.gcd(probs.shape[-1], 256)))  # (B, n, V / n)
+    ends = blocks.sum(-1).cumsum(-1)  # (B, n)
+    target = (1 - uniform)[:, None] * ends[:, -1:]  # above 0
+    block = torch.searchsorted(ends, target).clamp(max=ends.shape[1] - 1)  # of NaN: the last
+    target = target - F.pad(ends, (1, 0)).gather(-1, block)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[2]))[:, 0].cumsum(-1)
+    place = torch.searchsorted(inside, torch.minimum(target, inside[:, -1:]))  # despite rounding
+    return (block * blocks.shape[2] + place.clamp(max=inside.shape[1] - 1))[:, 0]
 
 
 class Decoder:
@@ -232,15 +242,17 @@ class Decoder:
         # A distribution, and a token from it
         logits = model.logits(self.hidden)  # (B, V)
         probs = (logits / self.taus[phase, None]).softmax(-1)  # eq. 3
-        plain = probs if self.tau == 1 else logits.softmax(-1)
-        entropy = logits.logsumexp(-1) - torch.linalg.vecdot(plain, logits)
-        best, shadow = probs.argmax(-1), self.cot_greedy or self.mode != "hard"
+        shadow = self.cot_greedy or self.mode != "hard"
+        best = probs.argmax(-1) if shadow or self.answer_greedy else None
         drawn = best if shadow and self.answer_greedy else draw_tokens(probs, self.noise[:, 0])
         token = torch.where(in_cot, best if shadow else drawn,
                             best if self.answer_greedy else drawn)
         token = torch.where(phase == FORCED, forced, token)
         x = model.embed_tokens(token)  # eq. 4, (B, D)
         chosen, logp = self.chooser[phase], probs.gather(-1, token[:, None])[:, 0].log()
+        plain = probs if self.tau == 1 else logits.softmax(-1)
+        z, p = (t.gather(-1, token[:, None])[:, 0] for t in (logits, plain))
+        entropy = z - p.log() - torch.linalg.vecdot(plain, logits)  # where p is 0, nobody reads it
 
         # In its place a thought: the mean embedding, and noise
         if self.mode != "hard":
