@@ -214,8 +214,8 @@ def tiny_base(args):
 # --------------------------------------------------------------------------------------------------
 # Data, and several processes
 
-def load_data(args, model, tokenizer):
-    """Problems to train on, and to validate on, which are the same for every seed; all fit."""
+def load_data(args):
+    """Problems to train on, and to validate on: these are the same for every seed."""
     sft = args.mode == "sft"
     if args.data in ARITHMETIC:
         train = written_problems(20000, args.data, args.seed) if sft else load_problems(
@@ -233,10 +233,6 @@ def load_data(args, model, tokenizer):
     if sft and not all(p["solution"] for p in train):
         raise InputError(f"--data {args.data}: without solutions there is nothing to imitate; give "
                          "a file that has them")
-    check_vocabulary(tokenizer, train + val)
-    n_new = args.cot_len + args.answer_len + 16  # with the forced words
-    encode_prompts(tokenizer, model.notes, [p["question"] for p in train + val], n_new,
-                   model.config)
     return train, val
 
 
@@ -416,7 +412,7 @@ def validate(model, tokenizer, val, args):
     return accuracy
 
 
-def train(args):
+def train(args, problems, val):
     # Model, data, optimizer; to resume is to begin from OUT/last
     rank, world = dist.get_rank(), dist.get_world_size()
     sft, out = args.mode == "sft", Path(args.out)
@@ -426,7 +422,10 @@ def train(args):
     model.activation_checkpointing = args.activation_checkpointing
     model.notes = notes_with(model.notes, args, "hard" if sft else args.mode)
     noise_std = model.notes["noise_scale"] * model.notes["rms"]  # sigma of eq. 6
-    problems, val = load_data(args, model, tokenizer)
+    check_vocabulary(tokenizer, problems + val)
+    n_new = args.cot_len + args.answer_len + 16  # with the forced words
+    encode_prompts(tokenizer, model.notes, [p["question"] for p in problems + val], n_new,
+                   model.config)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     state = restore(source, model, optimizer) if args.resume else {"step": -1, "validated": {}}
@@ -596,13 +595,12 @@ def configure(args):
     if not args.model and args.data in TASKS and args.data not in ARITHMETIC:
         raise InputError(f"--data {args.data}: the tiny model knows {', '.join(ARITHMETIC)} and "
                          "files of your own; choose from these, or add --model")
-    if not args.model and args.data not in ARITHMETIC:
-        load_problems(args.data, "train")  # what is wrong there is noticed before a base is made
 
 
 def main(args):
     configure(args)
     join_ranks(args)
+    problems, val = load_data(args)  # what is wrong there is noticed before the long work
     if not args.model and args.mode != "sft":
         args.model = tiny_base(args)
     elif not args.model:
@@ -610,7 +608,7 @@ def main(args):
         if dist.get_rank() == 0:
             write_tiny_model(Path(args.model), args.seed)
         dist.barrier()
-    train(args)
+    train(args, problems, val)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_advantage_learning_rate_and_the_questions_of_a_step(toy, tiny_dir):
     drawn = [p for step in range(5) for p in questions_of_step(range(10), step, 4, seed=3)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == [*range(10)] and drawn[:10] != drawn[10:]
     args = Namespace(mode="hard", data=toy(0)[-1], val_size=8, seed=1, cot_len=9, answer_len=9)
-    trained, val = ({p["question"] for p in part} for part in train.load_data(args, *load(tiny_dir)))
+    trained, val = ({p["question"] for p in part} for part in train.load_data(args))
     assert not trained & val and len(trained | val) == 20  # the file asks everything twice
 
 
@@ -153,7 +153,7 @@ def test_supervised_loss_is_cross_entropy_and_bfloat16_keeps_float32_masters(toy
     """Three steps in two micro-batches; in bfloat16 alone updates of 6e-6 would round away."""
     before, (model, tokenizer) = load_file(tiny_dir / "model.safetensors"), load(tiny_dir)
     problems, _ = train.load_data(
-        Namespace(mode="sft", val_size=2, cot_len=4, answer_len=12, data=toy(0)[-1]), model, tokenizer)
+        Namespace(mode="sft", val_size=2, cot_len=4, answer_len=12, data=toy(0)[-1]))
     total = n = 0
     for p in questions_of_step(problems, 0, 6, 0):
         prompt = tokenizer.encode(f"User: {p['question']} Assistant:").ids
