@@ -18,19 +18,17 @@ import itertools
 import json
 import math
 import operator
-import os
 import random
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
-import urllib.request
 import zlib
 from collections import defaultdict
 from decimal import Decimal
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -78,18 +76,13 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def download(url, sha256, path):
-    """Fetch url into path, complete or not at all, with a progress bar."""
+    """Fetch url into path, complete or not at all; sha256: how its digest begins, or ""."""
     print(f"downloading {url} to {path}", flush=True)
     path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")  # several ranks may want it
     try:
-        with tqdm(unit="B", unit_scale=True, disable=None) as bar:
-            urllib.request.urlretrieve(url, part, lambda n, size, total: bar.update(size))
-        if not hashlib.sha256(part.read_bytes()).hexdigest().startswith(sha256):
-            raise ValueError("its SHA-256 is not the expected one")
-    except Exception as e:  # those of http.client are no OSErrors
+        torch.hub.download_url_to_file(url, path, sha256, progress=sys.stderr.isatty())
+    except Exception as e:  # of many kinds
         raise InputError(f"{path}: cannot download {url} ({e}); put it there yourself") from None
-    part.replace(path)
 
 
 def read_rows(path):
@@ -281,7 +274,7 @@ SPELLINGS = (  # what changes the look and not the value, in the order of rewrit
 
 def depths(text):
     """The number of open brackets, before the first character and behind every one."""
-    return list(accumulate(((c in "([{") - (c in ")]}") for c in text), initial=0))
+    return list(itertools.accumulate(((c in "([{") - (c in ")]}") for c in text), initial=0))
 
 
 def clean(text):
