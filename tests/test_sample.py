@@ -251,11 +251,15 @@ def address(x):
 class Tape(TorchDispatchMode):
     """Does on a CPU what torch.cuda.CUDAGraph does: keeps a step's operations, on tensors that must stay where they
     are, and runs them again. Fails where a graph would: if the host waits, or if a shape depends on data."""
-    WAITS = "_local_scalar_dense nonzero _unique2 masked_select lift_fresh".split()
+    WAITS = "_local_scalar_dense nonzero _unique2 masked_select lift_fresh scalar_tensor".split()
     decoder, replays = None, 0
 
     def __enter__(self):
         self.calls, self.made, self.outside = [], set(), {}
+        self.host = [mock.patch.object(torch.Tensor, name, mock.Mock(side_effect=AssertionError(f"{name} asks the host")))
+                     for name in ("cpu", "tolist", "numpy")]
+        for patch in self.host:
+            patch.start()
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -272,6 +276,8 @@ class Tape(TorchDispatchMode):
 
     def __exit__(self, *error):
         super().__exit__(*error)
+        for patch in self.host:
+            patch.stop()
         for storage, before in self.outside.values():  # to record is not to run
             storage.copy_(before)
         self.owned = [a if a in self.outside else None for a in self.addresses()]
