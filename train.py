@@ -406,7 +406,7 @@ def validate(model, tokenizer, val, args):
     for mode in dict.fromkeys(("hard" if args.mode == "sft" else args.mode, "hard")):
         with gathered(model):
             samples = evaluate(model, tokenizer, part, f"{mode}_greedy", verifier=args.verifier,
-                               batch=max(64, args.micro_batch))
+                               batch=max(64, args.micro_batch), progress=dist.get_rank() == 0)
         n_correct = sum(s["verdict"] == "correct" for s in samples)
         accuracy[f"{mode}_greedy"] = summed(n_correct, args.device).item() / len(val)
     return accuracy
@@ -417,6 +417,7 @@ def train(args, problems, val):
     rank, world = dist.get_rank(), dist.get_world_size()
     sft, out = args.mode == "sft", Path(args.out)
     source = out / "last" if args.resume else Path(args.model)
+    say(f"loading {source} ...")
     model, tokenizer = load(source, torch.float32, args.device, args.prompt_file,
                             lambda model: shard(model, args))
     model.activation_checkpointing = args.activation_checkpointing

@@ -256,7 +256,7 @@ class Tape(TorchDispatchMode):
 
     def __enter__(self):
         self.calls, self.made, self.outside = [], set(), {}
-        self.host = [mock.patch.object(torch.Tensor, name, mock.Mock(side_effect=AssertionError(f"{name} asks the host")))
+        self.host = [mock.patch.object(torch.Tensor, name, mock.Mock(side_effect=AssertionError(f"{name} waits")))
                      for name in ("cpu", "tolist", "numpy")]
         for patch in self.host:
             patch.start()
