@@ -412,8 +412,10 @@ HINTS = {  # parts of the names of files and tensors that people have instead of
 
 
 def hint(path, key=""):
-    """What a tensor's key, or else the names in a directory, tell of a mistake: "; ..." or ""."""
-    names = key or " ".join(file.name for file in path.glob("*"))
+    """What a tensor's key, or else the names in a directory without weights, tell of a mistake:
+    "; ..." or ""."""
+    has_weights = any(path.glob("model*.safetensors"))  # then training_args.bin means nothing
+    names = key or " ".join(file.name for file in path.glob("*") if not has_weights)
     return next((f"; {text}" for part, text in HINTS.items() if part in names), "")
 
 
