@@ -41,8 +41,7 @@ from model import InputError, write_json
 from sample import (EVAL, MODES, SETTINGS, STOP, Parser, dtype_of, encode_behind, encode_prompts,
                     generate, load, notes_with, positive, read_box)
 
-# --------------------------------------------------------------------------------------------------
-# Tasks
+# ---- Tasks -----------------------------------------------------------
 
 RAW = "https://raw.githubusercontent.com"
 LFS = "https://media.githubusercontent.com/media"  # where RAW has pointers only
@@ -232,8 +231,7 @@ def check_vocabulary(tokenizer, problems):
         raise InputError(f"--data: the model lacks {share:.1%} of its characters: {lost[:9]}")
 
 
-# --------------------------------------------------------------------------------------------------
-# The verifier: does a final answer equal the reference?
+# ---- The verifier: does a final answer equal the reference? ----------
 # Policies find every hole in a reward, so what is not understood is an error, never a match. If the
 # reference is a plain number, only a plain number is right: a sum left undone is no answer.
 # Values lie between 1e-30 and 1e30 and have 80 digits: no two short fractions look the same.
@@ -484,8 +482,7 @@ def verify(candidate, gold):
     return judge(candidate, gold) == "correct"
 
 
-# --------------------------------------------------------------------------------------------------
-# Figures: of sampled answers, and likelihoods of reference solutions and of choices
+# ---- Figures: of sampled answers, and likelihoods of reference solutions and of choices 
 
 def pass_at_k(n, c, k):
     """Chance that k <= n of n samples, c of them right, hold a right one (arXiv 2107.03374)."""
@@ -593,8 +590,7 @@ def score(model, tokenizer, problems, *, notes=None, done=(), record=lambda samp
     return [results[i] for i in sorted(results)]
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line, and the record from which every figure can be computed again
+# ---- The command line, and the record from which every figure can be computed again 
 
 class Record:
     """OUT.jsonl, locked: a line that says what is run, and a line per sample. samples: those of an

@@ -43,8 +43,7 @@ def write_json(path, content):
     Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------
-# The transformer
+# ---- The transformer -------------------------------------------------
 
 @dataclass
 class Config:
@@ -399,8 +398,7 @@ class Transformer(nn.Module):
         shutil.copymode(path / "config.json", path / "model.safetensors")  # some versions: 0600
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading weights
+# ---- Reading weights -------------------------------------------------
 
 HINTS = {  # parts of the names of files and tensors that people have instead of a checkpoint
     "adapter_config": "it is an adapter; merge it into its base model", "lora_": "it is an adapter",
@@ -422,6 +420,12 @@ def hint(path, key=""):
 def whole(tensor):
     """A tensor whole; one that FSDP shards is gathered, and all ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor, param):
+    """A whole tensor, which every rank has, in the form of a parameter: this rank's share of it."""
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None
+                             ) if isinstance(param, DTensor) else tensor
 
 
 def stored_tensors(path):
@@ -452,10 +456,8 @@ def read_weights(model, path):
             wrong = f"has shape {(*tensor.shape,)}, but config.json says {(*param.shape,)}"
         elif tensor.dtype.itemsize < 2 or not tensor.isfinite().all():
             wrong = f"holds quantised ({tensor.dtype}), infinite or NaN weights"
-        elif isinstance(param, DTensor):  # each rank has the whole tensor, and keeps its part
-            tensor = distribute_tensor(
-                tensor, param.device_mesh, param.placements, src_data_rank=None).to_local()
-            param = param.to_local()
+        elif isinstance(param, DTensor):
+            tensor, param = part_of(tensor, param).to_local(), param.to_local()
         if not wrong and name not in missing and not torch.equal(param, tensor.to(param)):
             wrong = "is there twice, or differs from its tied twin"
         if wrong:
@@ -468,8 +470,7 @@ def read_weights(model, path):
                          f" give all model*.safetensors of the checkpoint{hint(path)}")
 
 
-# --------------------------------------------------------------------------------------------------
-# The fused soft-embedding path
+# ---- The fused soft-embedding path -----------------------------------
 
 def log_density(thought, mean, noise_std):
     """eq. 10: log N(thought; mean, noise_std^2 I) of (..., D) in nats, summed over D."""

@@ -50,8 +50,7 @@ EVAL, TRAIN = 1, 2  # a seed's first number: they draw from different streams
 ROUND = 8  # slots between two looks at who has finished and who may enter
 
 
-# --------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ------------------------------------------------------------
 
 def read_box(text):
     """The text up to the brace that closes an open \\boxed{, or None: read_box("12}.") == "12"."""
@@ -134,8 +133,7 @@ class Row:
                 self.phase = DONE
 
 
-# --------------------------------------------------------------------------------------------------
-# Generation
+# ---- Generation ------------------------------------------------------
 
 @dataclass
 class Rollout:
@@ -362,8 +360,7 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
     return out
 
 
-# --------------------------------------------------------------------------------------------------
-# Loading, and the command line
+# ---- Loading, and the command line -----------------------------------
 
 def load(path, dtype=torch.float32, device="cpu", prompt_file=None, prepare=None):
     """A checkpoint directory as (model, tokenizer). How it thinks is in model.notes: NOTES, as its

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -39,24 +38,22 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from eval import (ARITHMETIC, FILES, TASKS, VERIFIERS, arithmetic_problem, arithmetic_split,
+from eval import (ARITHMETIC, TASKS, VERIFIERS, arithmetic_problem, arithmetic_split,
                   check_vocabulary, evaluate, judge, load_problems, worked_text)
-from model import Config, InputError, Transformer, read_json, whole, write_json
+from model import Config, InputError, Transformer, part_of, read_json, whole, write_json
 from sample import (NOBODY, STOP, THOUGHT, TOKEN, TRAIN, Parser, Rollout, encode_behind,
                     encode_prompts, generate, load, notes_with, positive)
 
 # Presets: a flag that is not given takes its value from here
 PAPER = dict(  # with --model
     data="gsm8k", steps=4000, prompts=2, samples=32, cot_len=128, answer_len=32, lr=6e-6, warmup=20,
-    micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16", clip=1.0,
-    verifier="own")
+    micro_batch=8, eval_every=100, val_size=128, dtype="bfloat16")
 PAPER_SFT = PAPER | dict(steps=500, prompts=16, lr=1e-5)  # not in the paper: for small models
 TINY = dict(  # without
     data="arithmetic", steps=120, prompts=32, samples=16, cot_len=32, answer_len=4, lr=1e-4,
-    warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32", clip=1.0,
-    verifier="own")
+    warmup=10, micro_batch=512, eval_every=40, val_size=512, dtype="float32")
 TINY_FUZZY = TINY | dict(dtype="bfloat16")  # fuzzy thoughts learn from logits that tie
 TINY_CONFIG = dict(
     model_type="llama", hidden_size=64, intermediate_size=192, num_hidden_layers=3, head_dim=16,
@@ -72,8 +69,7 @@ FREE = {"resume", "device", "micro_batch", "activation_checkpointing", "no_cuda_
 # that --resume may change: they move the result by rounding only
 
 
-# --------------------------------------------------------------------------------------------------
-# The method: reward, advantage, and the log-probs of what was sampled
+# ---- The method: reward, advantage, and the log-probs of what was sampled 
 
 def reward(verdict, row):
     """eq. 11: 100 for a correct answer, 10 for a wrong one in a closed box, 0 for none.
@@ -143,20 +139,17 @@ def grade(rollout, golds, verifier):
 def reference_rollout(problems, model, tokenizer):
     """Reference solutions in the form of a rollout whose every token was chosen."""
     device, eos = model.embed_tokens.weight.device, model.notes["eos"][:1]
-    texts = [encode_behind(tokenizer, worked_text(p)) + eos for p in problems]
-    N = max(map(len, texts))
-    tokens = torch.tensor([t + [0] * (N - len(t)) for t in texts], device=device)  # (R, N)
-    length = torch.tensor([len(t) for t in texts], device=device)
-    chosen = torch.where(torch.arange(N, device=device) < length[:, None], TOKEN, NOBODY)
+    texts = [torch.tensor(encode_behind(tokenizer, worked_text(p)) + eos) for p in problems]
+    tokens = pad_sequence(texts, batch_first=True).to(device)  # (R, N)
+    chosen = pad_sequence([torch.full_like(t, TOKEN) for t in texts], batch_first=True).to(device)
     zeros = torch.zeros(tokens.shape, device=device)
-    questions = [p["question"] for p in problems]
-    prompts = encode_prompts(tokenizer, model.notes, questions, N, model.config)
+    prompts = encode_prompts(tokenizer, model.notes, [p["question"] for p in problems],
+                             tokens.shape[1], model.config)
     return Rollout(prompts, torch.arange(len(texts), device=device), tokens, None, chosen,
                    zeros + 1, zeros, zeros, rows=[])
 
 
-# --------------------------------------------------------------------------------------------------
-# The tiny base: a Llama of 150 thousand parameters that knows a little arithmetic
+# ---- The tiny base: a Llama of 150 thousand parameters that knows a little arithmetic 
 
 def write_tiny_model(path, seed):
     """Write a random tiny Llama and its tokenizer as an ordinary checkpoint directory."""
@@ -211,8 +204,7 @@ def tiny_base(args):
     return str(folder / "best")
 
 
-# --------------------------------------------------------------------------------------------------
-# Data, and several processes
+# ---- Data, and several processes -------------------------------------
 
 def load_data(args):
     """Problems to train on, and to validate on: these are the same for every seed."""
@@ -238,9 +230,8 @@ def load_data(args):
 
 def join_ranks(args):
     """Join the processes that torchrun has started; a single one forms a group by itself."""
-    alone, backend = dict(store=dist.HashStore(), rank=0, world_size=1), "gloo"
-    if "RANK" in os.environ:
-        alone = {}
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    backend = "gloo"
     if args.device.startswith("cuda"):
         backend, local = "nccl", int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
@@ -253,11 +244,11 @@ def join_ranks(args):
 
 
 def summed(values, device):
-    """A tensor or list, summed over the ranks, on the host."""
-    values = torch.as_tensor(values, dtype=torch.float32 if device == "mps" else torch.float64)
-    values = values.to(device)
+    """A tensor or list, summed over the ranks in float64, on the host."""
+    where = device if device.startswith("cuda") else "cpu"  # gloo knows no other devices
+    values = torch.as_tensor(values, dtype=torch.float64, device=where)
     dist.all_reduce(values)
-    return values.cpu().double()
+    return values.cpu()
 
 
 def shard(model, args):
@@ -286,57 +277,43 @@ def gathered(model):
         m.reshard()
 
 
-def peak_memory_gb(device):
-    """Peak memory of this process in GB: of the GPU if there is one, else resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1e9 if sys.platform == "darwin" else 1e6  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-# --------------------------------------------------------------------------------------------------
-# Checkpoints: OUT/best to deploy, OUT/last to resume from; both are Hugging Face directories
+# ---- Checkpoints: OUT/best to deploy, OUT/last to resume from; both are Hugging Face directories 
 
 def save(out, model, optimizer, source, args, state, is_best):
     """Write OUT/last, with float32 weights and in training/ what --resume needs; and OUT/best.
 
     All ranks call this together, and the first one writes. source: where the tokenizer is.
     """
-    first, new, best = dist.get_rank() == 0, out / "last.new", out / "best.new"
+    first, new = dist.get_rank() == 0, out / "last.new"
 
     def on_host(named):  # gathered one by one
         named = ((name, whole(tensor).detach()) for name, tensor in named)
         return {name: tensor.cpu() for name, tensor in named if first}
+    weights = on_host(model.named_parameters())
+    moments = on_host((f"{name}.{key}", tensor) for name, p in model.named_parameters()
+                      for key, tensor in optimizer.state[p].items())
+    if not first:
+        return
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+    (new / "training").mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix in COPIED and ".index." not in file.name:
+            shutil.copyfile(file, new / file.name)
     try:
-        weights = on_host(model.named_parameters())
-        if first:
-            for leftover in (new, best):
-                shutil.rmtree(leftover, ignore_errors=True)
-            (new / "training").mkdir(parents=True)
-            for file in source.iterdir():
-                if file.suffix in COPIED and ".index." not in file.name:
-                    shutil.copyfile(file, new / file.name)
-            model.save_pretrained(new, weights, args.dtype)
-        weights = on_host((f"{name}.{key}", tensor) for name, p in model.named_parameters()
-                          for key, tensor in optimizer.state[p].items())
-        if not first:
-            return
-        save_file(weights, new / "training" / "optimizer.safetensors")
+        model.save_pretrained(new, weights, args.dtype)
+        save_file(moments, new / "training" / "optimizer.safetensors")
     except SafetensorError as e:
         raise InputError(f"{new}: not written ({e}); make room, and use --resume") from None
     write_json(new / "training" / "state.json", state)
     write_json(new / "training" / "args.json", vars(args))
     gone = {"eos", "bos", "cuda_graphs"} | ({"rms"} if args.mode == "sft" else set())
     write_json(new / "soft_tokens.json", {k: v for k, v in model.notes.items() if k not in gone})
-    if is_best:
-        shutil.copytree(new, best, copy_function=os.link,  # as nobody changes the files
+    for name in ["best"] * is_best + [f"step-{state['step']:06d}"] * args.keep:
+        copy = out / f"{name}.new"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(new, copy, copy_function=os.link,  # as nobody changes the files
                         ignore=shutil.ignore_patterns("optimizer.safetensors"))
-        put(best, out / "best")
-    if args.keep:
-        kept = out / f"step-{state['step']:06d}"
-        shutil.rmtree(kept, ignore_errors=True)  # of a run that was killed here
-        shutil.copytree(new, kept, copy_function=os.link,
-                        ignore=shutil.ignore_patterns("optimizer.safetensors"))
+        put(copy, out / name)
     put(new, out / "last")
 
 
@@ -358,10 +335,7 @@ def restore(path, model, optimizer):
     for name, p in model.named_parameters() if saved else ():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             tensor = saved[f"{name}.{key}"].to(p.device)
-            if isinstance(p, DTensor) and key != "step":
-                tensor = distribute_tensor(
-                    tensor, p.device_mesh, p.placements, src_data_rank=None)
-            optimizer.state[p][key] = tensor
+            optimizer.state[p][key] = tensor if key == "step" else part_of(tensor, p)
     return read_json(path / "training" / "state.json")
 
 
@@ -374,18 +348,12 @@ def open_log(out, step):
     except BlockingIOError:
         raise InputError(f"--out {out}: another run is at work there; use another") from None
     log.seek(0)
-    kept = ""
-    with contextlib.suppress(ValueError):  # a line that was cut off ends it
-        for line in log:
-            if json.loads(line)["step"] >= step or line[-1] != "\n":
-                break
-            kept += line
-    log.truncate(len(kept))
+    kept = [line for line in log if line[-1] == "\n" and json.loads(line)["step"] < step]
+    log.truncate(sum(map(len, kept)))
     return log
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
+# ---- Training --------------------------------------------------------
 
 def listen():
     """A list that fills when Ctrl-C, SIGTERM or SIGHUP asks the run to save and end."""
@@ -512,7 +480,7 @@ def train(args, problems, val):
                 "delta_logp": delta / max(1, n_deltas)}
         line |= {"generate_s": generate_s, "train_s": train_s,
                  "tokens_per_s": stats[:, -1].sum().item() / (generate_s + train_s),
-                 "peak_gb": peak_memory_gb(args.device)}
+                 "peak_gb": torch.cuda.max_memory_allocated() / 1e9}  # 0 without a GPU
         if rank == 0:
             line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # no NaN in JSON
             log.write(json.dumps(line) + "\n")
@@ -552,9 +520,7 @@ def say_end(out, args, state, own):
     for name in base:
         say(f"{name}: {100 * base[name]:.1f} % before, {100 * final[name]:.1f} % after")
     if Path(args.model) != out / "init":  # a tiny base's own run is the first part of another
-        pair = {(args.data, "train"), (args.data, "test")}
-        has_test = args.data in ARITHMETIC or pair <= {*FILES}
-        data = args.data if has_test else out / "val.jsonl"  # not what was trained on
+        data = args.data if args.data in (*ARITHMETIC, "gsm8k") else out / "val.jsonl"  # has a test
         say(f"The best checkpoint, of step {best}, is in {out / 'best'}. Next:\n"
             f"  python eval.py --model {out / 'best'} --data {data} --settings all")
 
@@ -624,11 +590,11 @@ if __name__ == "__main__":
     add("--samples", type=positive(int), help="samples per question (G); default 16 / 32")
     add("--lr", type=positive(float), help="peak learning rate; default 1e-4 / 6e-6")
     add("--warmup", type=positive(int), help="steps of linear warm-up; default 10 / 20")
-    add("--clip", type=positive(float), help="global gradient norm; default 1.0")
+    add("--clip", type=positive(float), default=1.0, help="global gradient norm; default 1.0")
     add("--micro_batch", type=positive(int), help="rows per backward pass; default 512 / 8")
     add("--eval_every", type=positive(int), help="steps between validations; default 40 / 100")
     add("--val_size", type=positive(int), help="validation problems; default 512 / 128")
-    add("--verifier", choices=VERIFIERS, help="who compares answers; default own")
+    add("--verifier", choices=VERIFIERS, default="own", help="who compares answers; default own")
     add("--activation_checkpointing", action="store_true",
         help="keep less for the backward pass, and compute it again")
     add("--keep", action="store_true", help="keep every checkpoint, as OUT/step-N")

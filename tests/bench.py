@@ -13,6 +13,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -189,17 +190,26 @@ def bench_loss(args):
             (peak_bytes(run, args.device) - n * table.numel()) / 1e9 for run, n in ((fused, 4), (plain, 2))))
 
 
+def peak_gb(device):
+    """Peak memory of this process in GB: of the GPU if there is one, else resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def our_steps(args, **given):
-    """The log of train.py on args.model, in which every other row is rewarded, and nothing is saved."""
+    """(log, peak GB) of train.py on args.model, in which every other row is rewarded, and nothing is saved."""
     train.reward, train.save = lambda verdict, row: 100.0 * (row.number % 2), lambda *_: None
-    unset = ("lr", "warmup", "prompt_file", "temperature", "noise_scale", "clip", "verifier", "resume", "eval_every",
+    unset = ("lr", "warmup", "prompt_file", "temperature", "noise_scale", "resume", "eval_every",
              "activation_checkpointing", "no_cuda_graphs")
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         train.main(argparse.Namespace(**dict.fromkeys(unset), **dict(
             mode="soft", model=args.model, data=args.data, out=out, steps=args.runs + 1, prompts=args.problems or 2,
             samples=args.samples, cot_len=args.tokens - 16, answer_len=8, micro_batch=args.micro_batch, val_size=2,
-            dtype="bfloat16", seed=0, device=args.device) | given))
-        return [json.loads(line) for log in Path(out).glob("log.jsonl") for line in open(log)]  # of the first rank
+            clip=1.0, verifier="own", dtype="bfloat16", seed=0, device=args.device) | given))
+        lines = [json.loads(line) for log in Path(out).glob("log.jsonl") for line in open(log)]  # of the first rank
+        return lines, peak_gb(args.device)
 
 
 def trl_steps(args):
@@ -220,7 +230,7 @@ def trl_steps(args):
             Dataset.from_list([{"prompt": notes["prompt"].replace("{question}", q)} for q in questions]),
             processing_class=transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left"),
             callbacks=[clock]).train()
-    return statistics.median(b - a for a, b in itertools.pairwise(ends)), train.peak_memory_gb(args.device)
+    return statistics.median(b - a for a, b in itertools.pairwise(ends)), peak_gb(args.device)
 
 
 def together(args, *jobs):
@@ -232,10 +242,10 @@ def together(args, *jobs):
 def bench_step(args):
     found, n = {}, args.problems or 2
     for name, given in {"hard": {"mode": "hard"}, "soft": {}, "many": {"mode": "hard", "prompts": 4 * n}}.items():
-        lines, = together(args, (our_steps, given))
+        (lines, peak), = together(args, (our_steps, given))
         parts = {part: statistics.median(x[part] for x in lines[1:]) for part in ("generate_s", "train_s")}
-        found[name] = sum(parts.values()), lines[-1]["peak_gb"]
-        say(f"step_{name}", **parts, peak_gb=lines[-1]["peak_gb"])
+        found[name] = sum(parts.values()), peak
+        say(f"step_{name}", **parts, peak_gb=peak)
     report("step_soft_vs_hard", found["soft"][0], found["hard"][0])
     report("rows_scaling", found["many"][0], found["hard"][0])
     if find_spec("trl"):

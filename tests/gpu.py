@@ -98,7 +98,7 @@ def steps_of(args, device, rank=None):
     if rank is not None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         train.dist.init_process_group("gloo", init_method=f"file://{args.model}/meeting", rank=rank, world_size=2)
-    return bench.our_steps(args, steps=20, dtype="float32", device=device)
+    return bench.our_steps(args, steps=20, dtype="float32", device=device)[0]
 
 
 def same(args):
