@@ -461,8 +461,11 @@ def time_limit(seconds):
 def judge(candidate, gold, verifier="own", tolerance=None):
     """Whether a final answer equals the reference, whose numbers may be off by tolerance.
 
-    Returns "correct", "wrong", or "error" if a text is not understood.
+    Returns "correct", "wrong", "error" if a text is not understood, or "unparsed" if candidate is
+    None: there was no closed box.
     """
+    if candidate is None:
+        return "unparsed"
     tolerance = Decimal(float(tolerance or 0))
     try:
         with time_limit(MAX_SECONDS):
@@ -535,9 +538,8 @@ def evaluate(model, tokenizer, problems, setting, n_samples=1, *, notes=None, ba
     def on_finish(finished):
         for row in finished:
             i, sample = divmod(row.number, n)
-            p, verdict = problems[i], "unparsed"
-            if row.answer is not None:
-                verdict = judge(row.answer, p["answer"], verifier, p.get("tolerance"))
+            p = problems[i]
+            verdict = judge(row.answer, p["answer"], verifier, p.get("tolerance"))
             samples[i, sample] = {
                 "problem": i, "sample": sample, "question": p["question"], "gold": p["answer"],
                 "cot": row.cot, "answer": row.answer, "verdict": verdict,
@@ -636,8 +638,6 @@ def main(args):
     settings = SETTINGS if args.settings == "all" else dict.fromkeys(args.settings.split(","))
     if not {*settings} <= {*SETTINGS}:
         raise InputError(f"--settings {args.settings}: give all, or some of {', '.join(SETTINGS)}")
-    if not args.model:
-        raise InputError("--model: missing; give a checkpoint, like out/soft/best")
     if args.out and not args.out.endswith(".json"):
         raise InputError(f"--out {args.out}: must end in .json")
     judge("1", "1", args.verifier)  # is it installed?
@@ -688,7 +688,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, needs_model=True)
     add = parser.add_argument_group("evaluation").add_argument
     add("--data", default="arithmetic", help=f"{', '.join(TASKS)}, or files; joined by commas")
     add("--settings", default="hard_greedy,soft_greedy",

@@ -75,13 +75,13 @@ class Config:
         heads = c.num_attention_heads
         c.num_key_value_heads = c.num_key_value_heads or heads
         c.head_dim = c.head_dim or (128 if c.model_type == "qwen3" else c.hidden_size // heads)
-        windowed = raw.get("use_sliding_window") and (
-            raw.get("max_window_layers", 28) < c.num_hidden_layers)
+        windowed = raw.get("use_sliding_window") or "sliding_attention" in (
+            raw.get("layer_types") or ())
         refused = {  # what this file would get wrong if it went on
             "model_type": c.model_type not in ("llama", "qwen2", "qwen3"),
             "quantization_config": raw.get("quantization_config"),
             "hidden_act": raw.get("hidden_act", "silu") != "silu",
-            "use_sliding_window": windowed or "sliding_attention" in (raw.get("layer_types") or ()),
+            "use_sliding_window": windowed,
             "rope_type": c.rope["rope_type"] not in ("default", "linear", "llama3"),
             "rope_theta": not 0 < c.rope["rope_theta"] < math.inf,
             "partial_rotary_factor": (raw | rope).get("partial_rotary_factor", 1) != 1,

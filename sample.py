@@ -107,7 +107,7 @@ class Row:
         self.dice = torch.Generator(device).manual_seed(int(key[0]) >> 1)
         self.phase, self.forced, self.text = COT, [], ""
         self.length = self.cot_len = self.answer_len = 0  # slots in all, of thought and answer
-        self.truncated = self.eos_in_cot = False
+        self.truncated = False  # the thought was ended by its budget
         self.cot = self.answer = self.entropy = None  # filled in when the row is done
 
     def take(self, token, text):
@@ -117,7 +117,6 @@ class Row:
         self.text += text
         if self.phase == COT:
             self.cot_len = self.length
-            self.eos_in_cot |= token in self.notes["eos"]
             stopped = self.text.rstrip().endswith(STOP)
             if stopped or self.cot_len == self.notes["cot_len"]:
                 self.phase, self.truncated = FORCED, not stopped
@@ -432,10 +431,11 @@ def notes_with(notes, args, mode):
 class Parser(argparse.ArgumentParser):
     """argparse with one-line complaints and the flags that all scripts share."""
 
-    def __init__(self, doc):
+    def __init__(self, doc, needs_model=False):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = self.add_argument_group("model and thinking").add_argument
-        add("--model", metavar="DIR", help="checkpoint directory, as on the hub")
+        add("--model", metavar="DIR", required=needs_model,
+            help="checkpoint directory, as on the hub; or one of ours, like out/soft/best")
         add("--prompt_file", metavar="FILE", help="text with {question} that replaces the prompt")
         add("--cot_len", type=positive(int), help="budget of the thought, in tokens")
         add("--answer_len", type=positive(int), help="budget of the answer, in tokens")
@@ -446,10 +446,10 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group("machine").add_argument
         add("--seed", type=positive(int, or_zero=True), default=0, help="default 0")
         add("--dtype", choices=["float32", "bfloat16"], help="of the computation")
-        gpus = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+        gpus = ["cuda"] * torch.cuda.is_available()
         gpus += map("cuda:{}".format, range(torch.cuda.device_count()))
-        add("--device", choices=["cpu", *gpus], default=[*gpus, "cpu"][0],
-            help="default a GPU if there is one")
+        add("--device", choices=[*gpus, "cpu"] + ["mps"] * torch.backends.mps.is_available(),
+            default=[*gpus, "cpu"][0], help="default cuda if there is a GPU, else cpu")
         add("--no_cuda_graphs", action="store_true", help="launch each kernel by itself on a GPU")
 
     def error(self, message):
@@ -505,8 +505,6 @@ def inspect(args, model, tokenizer, row, steps):
 
 
 def main(args):
-    if not args.model:
-        raise InputError("--model: missing; give a checkpoint directory, like out/soft/best")
     if args.inspect:
         Path(args.inspect).touch()  # what cannot be written is noticed now
     model, tokenizer = load(args.model, dtype_of(args), args.device, args.prompt_file)
@@ -531,7 +529,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, needs_model=True)
     parser.add_argument("question", help="in quotes")
     parser.add_argument("--mode", choices=MODES, default="soft", help="default soft")
     parser.add_argument("--greedy", action="store_true", help="no noise, no sampling")

@@ -120,8 +120,8 @@ def questions_of_step(problems, step, n, seed):
     return [problems[order[i // len(problems)][i % len(problems)]] for i in at]
 
 
-STATS = ("reward", "accuracy", "unparsed", "errors", "truncated", "cot_len", "eos_in_cot",
-         "entropy", "tokens")  # of each row; it learns from the first
+STATS = ("reward", "accuracy", "unparsed", "errors", "truncated", "cot_len", "entropy", "tokens")
+# of each row; it learns from the first
 
 
 def grade(rollout, golds, verifier):
@@ -129,10 +129,10 @@ def grade(rollout, golds, verifier):
     stats = torch.zeros(len(golds), len(STATS), dtype=torch.float64)
     stats[:, -1] = (rollout.chosen != NOBODY).sum(1)
     for i, (row, gold) in enumerate(zip(rollout.rows, golds)):
-        verdict = "unparsed" if row.answer is None else judge(row.answer, gold, verifier)
+        verdict = judge(row.answer, gold, verifier)
         stats[i, :-1] = torch.tensor([
             reward(verdict, row), verdict == "correct", verdict == "unparsed", verdict == "error",
-            row.truncated, row.cot_len, row.eos_in_cot, np.mean(row.entropy)])
+            row.truncated, row.cot_len, np.mean(row.entropy)])
     return stats
 
 

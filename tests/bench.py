@@ -3,6 +3,7 @@ Measurements against transformers, TRL and plain formulas, on a real checkpoint;
 
     python tests/bench.py rollout --model path/to/SmolLM2-135M-Instruct --data path/to/gsm8k_test.jsonl
     python tests/bench.py loss    # and step, eval, drift, ops like rollout; tests/gpu.py runs them all on a GPU
+    python tests/bench.py why --model out/base-chains-0/best --data chains --runs 8    # for assets/why.md
 
 SMOLLM2 in the environment may name the checkpoint instead. Both sides take turns within one run, or have a process each
 where peak memory is compared. Figures are lines of JSON, most of them {"name", "ours", "peer", "ratio": ours / peer}.
@@ -33,8 +34,9 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from eval import evaluate, load_problems  # noqa: E402
 from model import WeightedLogProb  # noqa: E402
-from sample import MODES, ROUND, Decoder, encode_prompts, generate, load  # noqa: E402
+from sample import MODES, ROUND, TRAIN, Decoder, encode_prompts, generate, load  # noqa: E402
 
+POLICIES = (("hard", "float32"), ("soft", "float32"), ("fuzzy", "float32"), ("fuzzy", "bfloat16"))
 
 
 def seconds(run):
@@ -52,7 +54,8 @@ def in_turn(runs, *sides):
 
 
 def say(name, **figures):
-    print(json.dumps({"name": name} | {k: float(f"{v:.4g}") for k, v in figures.items()}), flush=True)
+    rounded = {k: [float(f"{x:.4g}") for x in v] if isinstance(v, list) else float(f"{v:.4g}") for k, v in figures.items()}
+    print(json.dumps({"name": name} | rounded), flush=True)
 
 
 def report(name, ours, peer):
@@ -268,6 +271,90 @@ def bench_eval(args):
         for i in range(0, len(prompts), size):
             peer_generate(peer, prompts[i:i + size], args.samples, round(statistics.mean(lengths)))
     report("eval_vs_generate", *in_turn(args.runs, ours, theirs))
+
+
+def gradients(model, tokenizer, problems, mode, n_batches):
+    """The policy gradients (n, P) of so many steps of a model that stays as it is, and that of reference solutions (P,)."""
+    def flat(rollout, rows, weight):
+        model.zero_grad()
+        train.score(model, rollout, rows, weight, model.notes["noise_scale"] * model.notes["rms"])[0].backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters()])
+    found, B, G = [], train.TINY["prompts"], train.TINY["samples"]
+    for step in range(n_batches):
+        batch = train.questions_of_step(problems, step, B, 0)
+        rollout = generate(model, tokenizer, [p["question"] for p in batch], mode, G, answer_greedy=False,
+                           store_thoughts=mode != "hard", seed=(TRAIN, 0, step))
+        rewards = train.grade(rollout, [batch[i // G]["answer"] for i in range(B * G)], "own")[:, 0].view(B, G)
+        weight = -train.rloo(rewards).flatten().float() / (B * G)
+        rows = weight.nonzero()[:, 0]
+        found.append(flat(rollout, rows, weight[rows]))
+    rollout = train.reference_rollout(problems[:1024], model, tokenizer)
+    return torch.stack(found), flat(rollout, torch.arange(1024), torch.full((1024,), -1.0))
+
+
+class Decisions:
+    """The last digit of the first result of each of n chains, behind the question and the sum: what the model makes of
+    it when it copies the result, two or three tokens later."""
+
+    def __init__(self, model, tokenizer, problems):
+        notes, self.model, digits = model.notes, model, len(problems[0]["answer"])
+        texts = [notes["prompt"].replace("{question}", p["question"]) + " " + p["solution"].partition("=")[0] + "="
+                 for p in problems]
+        prompts, n = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)], len(texts)
+        for _ in range(digits - 1):  # the digits before it, as the model has them
+            prompts = [p + [i] for p, i in zip(prompts, model.logits(model.prefill(prompts)[0]).argmax(-1).tolist())]
+        hidden, prefix = model.prefill(prompts)
+        self.logits, self.rows, self.prefix = model.logits(hidden), torch.arange(n), prefix
+        self.behind = torch.tensor([[tokenizer.token_to_id(";"), *p[len(p) + 1 - digits:]] for p in prompts])
+
+    def read(self, x):
+        """The distribution (n, V) of the copied digit where x (n, D) was fed in its place."""
+        x = torch.cat((x[:, None].to(self.model.norm.weight.dtype), self.model.embed_tokens(self.behind)), 1)
+        return self.model.logits(self.model(x, self.prefix.before(self.rows))[:, -1]).softmax(-1)
+
+
+@torch.no_grad()
+def bench_why(args):
+    """Of a tiny base: what one batch tells, how the network reads a mixture, what noise explores, which logits tie."""
+    train_on, tested = load_problems(args.data, "train", 8192), load_problems(args.data, "test", 512)
+    for mode, dtype in POLICIES:
+        model, tokenizer = load(args.model, getattr(torch, dtype), args.device)
+        with torch.enable_grad():
+            found, careful = (F.normalize(g, dim=-1) for g in gradients(model, tokenizer, train_on, mode, args.runs))
+        between = (found @ found.T)[~torch.eye(len(found), dtype=torch.bool)].mean().item()
+        say(f"signal_{mode}_{dtype}", between=between, careful=(found @ careful).mean())
+
+        at, sigma, tau = Decisions(model, tokenizer, tested), model.notes["noise_scale"] * model.notes["rms"], MODES[mode]
+        probs, table = (at.logits / tau).softmax(-1), model.embed_tokens.weight.float()
+        mean = probs.to(table.dtype) @ table
+        drawn = [table[probs.multinomial(1)[:, 0]] if mode == "hard" else mean + sigma * torch.randn_like(mean)
+                 for _ in range(train.TINY["samples"])]
+        readings = torch.stack([at.read(x).argmax(-1) for x in drawn])  # (16, n)
+        explored = (readings != readings[0]).any(0).float()
+        best, places = at.logits.softmax(-1).amax(-1), torch.arange(0.35, 1, 0.1)
+        near = [(best - p).abs() <= 0.05 for p in places]
+        say(f"explored_{mode}_{dtype}", share=explored.mean(), p=places.tolist(), n=[x.sum().item() for x in near],
+            near=[explored[x].mean().item() if x.any() else 0.0 for x in near])
+
+        if mode == "fuzzy":
+            tops = []
+            generate(model, tokenizer, [p["question"] for p in tested], mode, on_step=lambda rows, _, probs, x: tops.extend(
+                p for row, p in zip(rows, probs.amax(-1).tolist()) if row.phase == sample.COT))
+            say(f"ties_{dtype}", positions=sum(p < 0.75 for p in tops) / len(tops), n=len(tops),
+                decisions=(probs.amax(-1) < 0.75).float().mean())
+        if mode == "soft":
+            first, second = at.logits.topk(2).indices.T
+            weights = torch.linspace(0, 1, 21)
+            for name, noise in (("response", 0.0), ("response_noise", sigma)):
+                shares = []
+                for w in weights:
+                    mixed = w * table[first] + (1 - w) * table[second]
+                    p = torch.stack([at.read(mixed + noise * torch.randn_like(mixed)) for _ in range(8 if noise else 1)]).mean(0)
+                    a, b = (p.gather(-1, i[:, None])[:, 0] for i in (first, second))
+                    shares.append((a / (a + b)).sort().values)
+                n = len(tested)
+                say(name, weight=weights.tolist(), mean=[s.mean().item() for s in shares],
+                    low=[s[n // 10].item() for s in shares], high=[s[n - 1 - n // 10].item() for s in shares])
 
 
 if __name__ == "__main__":

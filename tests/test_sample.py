@@ -89,9 +89,9 @@ def test_thoughts_stop_and_boxes_open_and_close_as_the_text_says(kind, tmp_path)
         written = f"User: 3+4 Assistant:{cot}{OPENINGS[row.truncated]}{answer.partition('</s>')[0]}"
         whole = tokenizer.decode(prompt + ids).removeprefix(" ").replace(f"{STOP}  ", f"{STOP} ")  # of its last token
         assert whole == written or box is not None and whole.startswith(written[:written.rindex("}")])
-        assert (row.cot.strip(), row.answer, row.eos_in_cot) == (cot.strip(), box, False)
+        assert (row.cot.strip(), row.answer) == (cot.strip(), box)
     row, _ = said(model, tokenizer, [20, 2, 399], [399])  # an end token, and ids that only the model has
-    assert row.eos_in_cot and row.cot_len == 3 and row.answer is None
+    assert row.cot_len == 3 and row.answer is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

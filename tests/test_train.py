@@ -57,7 +57,7 @@ def state_of(out):
 
 
 def test_reward_of_ones_own_changes_the_reward_alone(monkeypatch):
-    rows = [Namespace(answer=a, truncated=False, cot_len=4, eos_in_cot=False, entropy=[1.0, 3.0], length=9)
+    rows = [Namespace(answer=a, truncated=False, cot_len=4, entropy=[1.0, 3.0], length=9)
             for a in ("5", "6", "\\frac{", None)]
     rollout = Namespace(rows=rows, chosen=torch.tensor([[1] * 9 + [0]] * 4))
     before = train.grade(rollout, ["5"] * 4, "own")
