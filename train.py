@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -377,6 +378,11 @@ def validate(model, tokenizer, val, args):
                                batch=max(64, args.micro_batch), progress=dist.get_rank() == 0)
         n_correct = sum(s["verdict"] == "correct" for s in samples)
         accuracy[f"{mode}_greedy"] = summed(n_correct, args.device).item() / len(val)
+    texts = Counter(s["answer"] for s in samples if s["answer"])  # of hard tokens
+    copied = sum(n for text, n in texts.items() if "[answer]" in text)  # from the prompt
+    if max(copied, *texts.values(), 0) > max(2, len(part) / 2):
+        say("note: most answers are the same, or hold the prompt's [answer]. Show the model two worked "
+            "examples\n  (--prompt_file FILE), or let it imitate solutions first (--mode sft).")
     return accuracy
 
 

@@ -331,7 +331,7 @@ def bench_why(args):
                  for _ in range(train.TINY["samples"])]
         readings = torch.stack([at.read(x).argmax(-1) for x in drawn])  # (16, n)
         explored = (readings != readings[0]).any(0).float()
-        best, places = at.logits.softmax(-1).amax(-1), torch.arange(0.35, 1, 0.1)
+        best, places = at.logits.softmax(-1).amax(-1), torch.arange(0.45, 1, 0.1)
         near = [(best - p).abs() <= 0.05 for p in places]
         say(f"explored_{mode}_{dtype}", share=explored.mean(), p=places.tolist(), n=[x.sum().item() for x in near],
             near=[explored[x].mean().item() if x.any() else 0.0 for x in near])

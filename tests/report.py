@@ -7,6 +7,7 @@ Tables and pictures for the README, from results files of eval.py and logs of tr
     python tests/report.py plot results/*.json --plot tiny.png       # greedy accuracy, pass@k, entropy by position
     python tests/report.py curves out/*/log.jsonl --plot curves.png  # share of right samples by step
     python tests/report.py checkpoints results/*.json --against hard --plot paths.png
+    python tests/report.py why why-*.jsonl --plot why.png            # what bench.py why printed, a file for each seed
 
 Results are named NAME-SEED.json or NAME-sSEED.json, logs by their folder; `checkpoints` takes NAME-SEED-STEP.json, and
 NAME-SEED.json as step 0 of every run with that seed. ± and bands are one standard deviation over seeds; intervals are
@@ -27,7 +28,9 @@ from eval import bootstrap, summarize  # noqa: E402
 from model import InputError, read_json  # noqa: E402
 from sample import SETTINGS, Parser  # noqa: E402
 
-COLORS = {"base": "#555555", "hard": "#0072B2", "soft": "#D55E00", "fuzzy": "#009E73"}  # other names get C4, C5, ...
+COLORS = {"base": "#555555", "hard": "#0072B2", "soft": "#D55E00", "fuzzy": "#009E73", "cool": "#56B4E9",
+          "fuzzy, float32": "#CC79A7", "fuzzy, bfloat16": "#009E73", "mean": "#222222", "mean, with noise": "#E69F00",
+          "nine of ten are above": "#AAAAAA", "nine of ten are below": "#AAAAAA"}  # other names get C4, C5, ...
 LIKELIHOODS = ("letter_accuracy", "text_accuracy", "nll", "letter_nll")
 NATS = ("nll", "entropy")  # how the names of columns end that are no shares
 MAY_DIFFER = {"model", "weights", "seed", "out", "settings", "data", "batch", "device", "files", "base", "plot"}
@@ -214,6 +217,32 @@ def checkpoints(args):
         draw(panels, args.plot)
 
 
+def why(args):
+    """A table and panels of what bench.py why measured: readings of mixtures, what noise explores, signal of a batch."""
+    cells, panels = defaultdict(dict), defaultdict(lambda: defaultdict(list))
+    for file in args.files:
+        for line in read_lines(file):
+            kind, _, policy = line["name"].partition("_")
+            name = {"hard_float32": "hard", "soft_float32": "soft"}.get(policy, f"fuzzy, {policy.split('_')[-1]}")
+            if kind == "response":
+                for part in ("mean",) if policy else ("low", "mean", "high"):
+                    label = {"low": "nine of ten are above", "high": "nine of ten are below"}.get(
+                        part, "mean, with noise" if policy else "mean")
+                    panels["w a + (1 - w) b is read as a", "w"][label, ""].append((line["weight"], line[part]))
+            elif kind == "explored":
+                panels["decisions that 16 samples explore", "p of the best token"][name, ""].append((line["p"], line["near"]))
+                cells["in percent", "decisions explored", name][file] = line["share"]
+            elif kind == "signal":
+                cells["in percent", "cosine of two batches' gradients", name][file] = line["between"]
+                cells["in percent", "cosine with reference solutions", name][file] = line["careful"]
+            elif kind == "ties":
+                cells["in percent", "positions whose best logits tie", name][file] = line["positions"]
+                cells["in percent", "decisions whose best logits tie", name][file] = line["decisions"]
+    print_tables(cells)
+    if args.plot:
+        draw(panels, args.plot)
+
+
 def draw(panels, path):
     """Draw {(title, x label): {(name, mode): [(x, y) of each seed]}}, by seeds' mean and standard deviation."""
     from matplotlib.figure import Figure  # only needed here
@@ -229,7 +258,8 @@ def draw(panels, path):
             color, style = COLORS.get(name, f"C{4 + [*names].index(name)}"), {"soft": "--", "fuzzy": ":"}.get(mode, "-")
             label = f"{name}, {mode} inference" if len(modes) > 1 else name
             handles[label], = axis.plot(x, mean, style, color=color, marker="o" if 2 < end < 15 else "", markersize=4)
-            axis.fill_between(x, mean - sd, mean + sd, alpha=0.15, color=color, linewidth=0)
+            band = np.clip((mean - sd, mean + sd), 0, None if scale == 1 else 100)
+            axis.fill_between(x, *band, alpha=0.15, color=color, linewidth=0)
         axis.set(title=title, xlabel=x_label, ylabel="nats" if scale == 1 else "%")
         axis.grid(alpha=0.3)
         if x_label == "k":
@@ -241,7 +271,7 @@ def draw(panels, path):
 
 
 if __name__ == "__main__":
-    commands = {"table": table, "compare": table, "plot": plot, "curves": curves, "checkpoints": checkpoints}
+    commands = {"table": table, "compare": table, "plot": plot, "curves": curves, "checkpoints": checkpoints, "why": why}
     parser, listed = Parser(__doc__), lambda text: text.split(",")
     parser.add_argument("command", choices=commands)
     parser.add_argument("files", nargs="+", help="results files or logs; for compare first what to subtract")

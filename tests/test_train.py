@@ -67,6 +67,16 @@ def test_reward_of_ones_own_changes_the_reward_alone(monkeypatch):
     assert after[:, 0].tolist() == [91] * 4 and torch.equal(after[:, 1:], before[:, 1:])
 
 
+def test_answers_that_are_all_alike_are_pointed_out(monkeypatch, capsys):
+    args = Namespace(mode="soft", verifier="own", micro_batch=4, device="cpu")
+    train.join_ranks(args)
+    for answers, expected in ((["5"] * 5 + ["6"] * 3, True), (["[answer]", "[answer]1", "2 [answer]", "3", None], True),
+                              (["5"] * 4 + ["6"] * 4, False), ([None] * 8, False), (["5", "5"], False)):
+        monkeypatch.setattr(train, "evaluate", lambda *_, **__: [{"answer": a, "verdict": "wrong"} for a in answers])
+        assert train.validate(torch.nn.Identity(), None, answers, args) == {"soft_greedy": 0, "hard_greedy": 0}
+        assert ("--prompt_file" in capsys.readouterr().out) == expected, answers
+
+
 def test_advantage_learning_rate_and_the_questions_of_a_step(toy, tiny_dir):
     table = torch.tensor([[100 - 20 / 3, 10 - 110 / 3, 10 - 110 / 3, -40.0], [0, 0, 0, 0]])
     torch.testing.assert_close(rloo(torch.tensor([[100.0, 10.0, 10.0, 0.0], [10.0, 10.0, 10.0, 10.0]])), table)
