@@ -36,8 +36,6 @@ from eval import evaluate, load_problems  # noqa: E402
 from model import WeightedLogProb  # noqa: E402
 from sample import MODES, ROUND, TRAIN, Decoder, encode_prompts, generate, load  # noqa: E402
 
-POLICIES = (("hard", "float32"), ("soft", "float32"), ("fuzzy", "float32"), ("fuzzy", "bfloat16"))
-
 
 def seconds(run):
     start = time.perf_counter()
@@ -54,8 +52,9 @@ def in_turn(runs, *sides):
 
 
 def say(name, **figures):
-    rounded = {k: [float(f"{x:.4g}") for x in v] if isinstance(v, list) else float(f"{v:.4g}") for k, v in figures.items()}
-    print(json.dumps({"name": name} | rounded), flush=True)
+    def short(x):
+        return [*map(short, x)] if isinstance(x, list) else float(f"{x:.4g}")
+    print(json.dumps({"name": name} | {k: short(v) for k, v in figures.items()}), flush=True)
 
 
 def report(name, ours, peer):
@@ -274,12 +273,13 @@ def bench_eval(args):
 
 
 def gradients(model, tokenizer, problems, mode, n_batches):
-    """The policy gradients (n, P) of so many steps of a model that stays as it is, and that of reference solutions (P,)."""
-    def flat(rollout, rows, weight):
+    """The policy gradients (n, P) of n steps of a model that stays as it is, and that of reference solutions (P,)."""
+    found, (B, G), noise_std = [], (32, 16), model.notes["noise_scale"] * model.notes["rms"]
+
+    def gradient(rollout, rows, weight):
         model.zero_grad()
-        train.score(model, rollout, rows, weight, model.notes["noise_scale"] * model.notes["rms"])[0].backward()
+        train.score(model, rollout, rows, weight, noise_std)[0].backward()
         return torch.cat([p.grad.flatten().float() for p in model.parameters()])
-    found, B, G = [], train.TINY["prompts"], train.TINY["samples"]
     for step in range(n_batches):
         batch = train.questions_of_step(problems, step, B, 0)
         rollout = generate(model, tokenizer, [p["question"] for p in batch], mode, G, answer_greedy=False,
@@ -287,74 +287,80 @@ def gradients(model, tokenizer, problems, mode, n_batches):
         rewards = train.grade(rollout, [batch[i // G]["answer"] for i in range(B * G)], "own")[:, 0].view(B, G)
         weight = -train.rloo(rewards).flatten().float() / (B * G)
         rows = weight.nonzero()[:, 0]
-        found.append(flat(rollout, rows, weight[rows]))
+        found.append(gradient(rollout, rows, weight[rows]))
     rollout = train.reference_rollout(problems[:1024], model, tokenizer)
-    return torch.stack(found), flat(rollout, torch.arange(1024), torch.full((1024,), -1.0))
+    return torch.stack(found), gradient(rollout, torch.arange(1024), torch.full((1024,), -1.0))
 
 
 class Decisions:
-    """The last digit of the first result of each of n chains, behind the question and the sum: what the model makes of
-    it when it copies the result, two or three tokens later."""
+    """Where n chains decide the last digit of their first result; and how the model reads what is fed there, which it
+    tells when it copies the result, two or three tokens later."""
 
     def __init__(self, model, tokenizer, problems):
-        notes, self.model, digits = model.notes, model, len(problems[0]["answer"])
-        texts = [notes["prompt"].replace("{question}", p["question"]) + " " + p["solution"].partition("=")[0] + "="
-                 for p in problems]
-        prompts, n = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)], len(texts)
+        prompt, digits, self.model = model.notes["prompt"], len(problems[0]["answer"]), model
+        texts = [f"{prompt} {p['solution'].partition('=')[0]}=".replace("{question}", p["question"]) for p in problems]
+        prompts = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
         for _ in range(digits - 1):  # the digits before it, as the model has them
-            prompts = [p + [i] for p, i in zip(prompts, model.logits(model.prefill(prompts)[0]).argmax(-1).tolist())]
-        hidden, prefix = model.prefill(prompts)
-        self.logits, self.rows, self.prefix = model.logits(hidden), torch.arange(n), prefix
+            best = model.logits(model.prefill(prompts)[0]).argmax(-1).tolist()
+            prompts = [p + [i] for p, i in zip(prompts, best)]
+        hidden, self.prefix = model.prefill(prompts)
+        self.logits, self.table = model.logits(hidden), model.embed_tokens.weight.float()  # (n, V), (V, D)
         self.behind = torch.tensor([[tokenizer.token_to_id(";"), *p[len(p) + 1 - digits:]] for p in prompts])
 
     def read(self, x):
         """The distribution (n, V) of the copied digit where x (n, D) was fed in its place."""
         x = torch.cat((x[:, None].to(self.model.norm.weight.dtype), self.model.embed_tokens(self.behind)), 1)
-        return self.model.logits(self.model(x, self.prefix.before(self.rows))[:, -1]).softmax(-1)
+        hidden = self.model(x, self.prefix.before(torch.arange(len(x))))[:, -1]
+        return self.model.logits(hidden).softmax(-1)
+
+    def explored(self, mode, noise_std, n=16):
+        """Whether n samples of each decision are read in more than one way, (n,) bool."""
+        probs = (self.logits / MODES[mode]).softmax(-1)
+        draw = {"hard": lambda: self.table[probs.multinomial(1)[:, 0]]}.get(
+            mode, lambda: probs @ self.table + noise_std * torch.randn(len(probs), self.table.shape[1]))
+        readings = torch.stack([self.read(draw()).argmax(-1) for _ in range(n)])
+        return (readings != readings[0]).any(0)
+
+    def response(self, w, noise_std):
+        """How far a w-mixture of the two best tokens is read as the first, (n,), sorted; the mean over noise."""
+        best = self.logits.topk(2).indices.T  # (2, n)
+        x, n = w * self.table[best[0]] + (1 - w) * self.table[best[1]], 8 if noise_std else 1
+        probs = torch.stack([self.read(x + noise_std * torch.randn_like(x)) for _ in range(n)]).mean(0)
+        first, second = (probs.gather(-1, i[:, None])[:, 0] for i in best)
+        return (first / (first + second)).sort().values
 
 
 @torch.no_grad()
 def bench_why(args):
-    """Of a tiny base: what one batch tells, how the network reads a mixture, what noise explores, which logits tie."""
-    train_on, tested = load_problems(args.data, "train", 8192), load_problems(args.data, "test", 512)
-    for mode, dtype in POLICIES:
+    """Of a tiny base: what one batch tells, what noise explores, how the network reads a mixture, which logits tie."""
+    problems, tested = load_problems(args.data, "train", 8192), load_problems(args.data, "test", 512)
+    for mode, dtype in (("hard", "float32"), ("soft", "float32"), ("fuzzy", "float32"), ("fuzzy", "bfloat16")):
         model, tokenizer = load(args.model, getattr(torch, dtype), args.device)
         with torch.enable_grad():
-            found, careful = (F.normalize(g, dim=-1) for g in gradients(model, tokenizer, train_on, mode, args.runs))
-        between = (found @ found.T)[~torch.eye(len(found), dtype=torch.bool)].mean().item()
-        say(f"signal_{mode}_{dtype}", between=between, careful=(found @ careful).mean())
+            found, careful = (F.normalize(g, dim=-1) for g in gradients(model, tokenizer, problems, mode, args.runs))
+        others = (found @ found.T)[~torch.eye(len(found), dtype=torch.bool)]
+        say(f"signal_{mode}_{dtype}", between=others.mean(), careful=(found @ careful).mean())
 
-        at, sigma, tau = Decisions(model, tokenizer, tested), model.notes["noise_scale"] * model.notes["rms"], MODES[mode]
-        probs, table = (at.logits / tau).softmax(-1), model.embed_tokens.weight.float()
-        mean = probs.to(table.dtype) @ table
-        drawn = [table[probs.multinomial(1)[:, 0]] if mode == "hard" else mean + sigma * torch.randn_like(mean)
-                 for _ in range(train.TINY["samples"])]
-        readings = torch.stack([at.read(x).argmax(-1) for x in drawn])  # (16, n)
-        explored = (readings != readings[0]).any(0).float()
-        best, places = at.logits.softmax(-1).amax(-1), torch.arange(0.45, 1, 0.1)
-        near = [(best - p).abs() <= 0.05 for p in places]
-        say(f"explored_{mode}_{dtype}", share=explored.mean(), p=places.tolist(), n=[x.sum().item() for x in near],
-            near=[explored[x].mean().item() if x.any() else 0.0 for x in near])
+        decisions, noise_std = Decisions(model, tokenizer, tested), model.notes["noise_scale"] * model.notes["rms"]
+        explored = decisions.explored(mode, noise_std).float()
+        p, best = torch.arange(0.45, 1, 0.1), decisions.logits.softmax(-1).amax(-1)
+        near = [explored[(best - middle).abs() <= 0.05] for middle in p]
+        say(f"explored_{mode}_{dtype}", share=explored.mean(), p=p.tolist(), n=[float(len(part)) for part in near],
+            near=[part.mean().item() for part in near])
 
         if mode == "fuzzy":
-            tops = []
-            generate(model, tokenizer, [p["question"] for p in tested], mode, on_step=lambda rows, _, probs, x: tops.extend(
-                p for row, p in zip(rows, probs.amax(-1).tolist()) if row.phase == sample.COT))
-            say(f"ties_{dtype}", positions=sum(p < 0.75 for p in tops) / len(tops), n=len(tops),
-                decisions=(probs.amax(-1) < 0.75).float().mean())
+            heaviest = []
+            generate(model, tokenizer, [p["question"] for p in tested], mode, on_step=lambda rows, _, probs, x: (
+                heaviest.extend(p for row, p in zip(rows, probs.amax(-1).tolist()) if row.phase == sample.COT)))
+            tie = (decisions.logits / MODES[mode]).softmax(-1).amax(-1) < 0.75
+            say(f"ties_{dtype}", positions=statistics.mean(p < 0.75 for p in heaviest), decisions=tie.float().mean())
         if mode == "soft":
-            first, second = at.logits.topk(2).indices.T
-            weights = torch.linspace(0, 1, 21)
-            for name, noise in (("response", 0.0), ("response_noise", sigma)):
-                shares = []
-                for w in weights:
-                    mixed = w * table[first] + (1 - w) * table[second]
-                    p = torch.stack([at.read(mixed + noise * torch.randn_like(mixed)) for _ in range(8 if noise else 1)]).mean(0)
-                    a, b = (p.gather(-1, i[:, None])[:, 0] for i in (first, second))
-                    shares.append((a / (a + b)).sort().values)
+            for name, noise in (("response", 0.0), ("response_noise", noise_std)):
+                w = torch.linspace(0, 1, 21)
+                read = torch.stack([decisions.response(x, noise) for x in w])  # (21, n)
                 n = len(tested)
-                say(name, weight=weights.tolist(), mean=[s.mean().item() for s in shares],
-                    low=[s[n // 10].item() for s in shares], high=[s[n - 1 - n // 10].item() for s in shares])
+                say(name, weight=w.tolist(), mean=read.mean(1).tolist(), low=read[:, n // 10].tolist(),
+                    high=read[:, n - 1 - n // 10].tolist())
 
 
 if __name__ == "__main__":

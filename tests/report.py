@@ -218,7 +218,7 @@ def checkpoints(args):
 
 
 def why(args):
-    """A table and panels of what bench.py why measured: readings of mixtures, what noise explores, signal of a batch."""
+    """A table and panels of what bench.py why measured."""
     cells, panels = defaultdict(dict), defaultdict(lambda: defaultdict(list))
     for file in args.files:
         for line in read_lines(file):
@@ -230,7 +230,8 @@ def why(args):
                         part, "mean, with noise" if policy else "mean")
                     panels["w a + (1 - w) b is read as a", "w"][label, ""].append((line["weight"], line[part]))
             elif kind == "explored":
-                panels["decisions that 16 samples explore", "p of the best token"][name, ""].append((line["p"], line["near"]))
+                lines = panels["decisions that 16 samples explore", "p of the best token"]
+                lines[name, ""].append((line["p"], line["near"]))
                 cells["in percent", "decisions explored", name][file] = line["share"]
             elif kind == "signal":
                 cells["in percent", "cosine of two batches' gradients", name][file] = line["between"]
@@ -271,7 +272,8 @@ def draw(panels, path):
 
 
 if __name__ == "__main__":
-    commands = {"table": table, "compare": table, "plot": plot, "curves": curves, "checkpoints": checkpoints, "why": why}
+    commands = {"table": table, "compare": table, "plot": plot, "curves": curves, "checkpoints": checkpoints,
+                "why": why}
     parser, listed = Parser(__doc__), lambda text: text.split(",")
     parser.add_argument("command", choices=commands)
     parser.add_argument("files", nargs="+", help="results files or logs; for compare first what to subtract")
