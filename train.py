@@ -381,8 +381,8 @@ def validate(model, tokenizer, val, args):
     texts = Counter(s["answer"] for s in samples if s["answer"])  # of hard tokens
     copied = sum(n for text, n in texts.items() if "[answer]" in text)  # from the prompt
     if max(copied, *texts.values(), 0) > max(2, len(part) / 2):
-        say("note: most answers are alike, or copy [answer] from the prompt. Show it worked examples\n"
-            "  (--prompt_file FILE), or let the model imitate solutions first (--mode sft).")
+        say("note: most answers are alike, or copy [answer] from the prompt; give worked examples\n"
+            "  by --prompt_file, or let the model imitate solutions first, by --mode sft")
     return accuracy
 
 
