@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import bootstrap, summarize  # noqa: E402
-from model import InputError, read_json  # noqa: E402
+from model import InputError, read_json, write_json  # noqa: E402
 from sample import SETTINGS, Parser  # noqa: E402
 
 COLORS = {"base": "#555555", "hard": "#0072B2", "soft": "#D55E00", "fuzzy": "#009E73", "cool": "#56B4E9",
@@ -52,7 +52,7 @@ def read_lines(path):
 
 def note_differences(conditions):
     """Print what differs between evaluations, {name: {condition: value}}, apart from the model: budgets, say."""
-    for key in sorted(set().union(*conditions.values()) - MAY_DIFFER):
+    for key in sorted(key for key in set().union(*conditions.values()) - MAY_DIFFER if ".safetensors" not in key):
         values = {name: str(of[key])[:60] for name, of in conditions.items() if key in of}
         if len({*values.values()}) > 1:
             print(f"note: {key} differs: " + ", ".join(f"{name} {value}" for name, value in values.items()))
@@ -189,16 +189,25 @@ def at_level(x, y, level):
             return y0 + (y1 - y0) * (level - x0) / (x1 - x0) if x1 > x0 else y0
 
 
-def checkpoints(args):
-    """Tables of all figures at equal greedy accuracy and at the end; panels of each against greedy accuracy."""
+def read_paths(args):
+    """{(name, seed): [{column: value} of each checkpoint]} of results files, or of one file that --save has written."""
+    if "paths" in (saved := read_json(args.files[0])):
+        return {split_number(run): path for run, path in saved["paths"].items()}
     runs, starts = defaultdict(lambda: defaultdict(dict)), defaultdict(dict)
-    cells, panels = defaultdict(dict), defaultdict(lambda: defaultdict(list))
     for (run, number), task, setting, figures in read_results(args):
         name, seed = split_number(run)
         point = starts[number] if seed is None else runs[name, seed][number]
         point |= {f"{task}: {column}": value for column, value in columns_of(setting, figures).items()}
-    paths = {(name, seed): [starts[seed]] * (seed in starts) + [run[step] for step in sorted(run)]
-             for (name, seed), run in runs.items()}
+    return {(name, seed): [starts[seed]] * (seed in starts) + [run[step] for step in sorted(run)]
+            for (name, seed), run in runs.items()}
+
+
+def checkpoints(args):
+    """Tables of all figures at equal greedy accuracy and at the end; panels of each against greedy accuracy."""
+    paths, cells, panels = read_paths(args), defaultdict(dict), defaultdict(lambda: defaultdict(list))
+    if args.save:
+        write_json(args.save, {"paths": {f"{name}-{seed}": [{k: round(float(v), 5) for k, v in point.items()}
+                                                            for point in path] for (name, seed), path in paths.items()}})
     first = next(iter(paths.values()))[-1]
     greedy = next(column for column in first if column.endswith("greedy"))
     levels = args.at or [100 * min(max(point[greedy] for point in path) for path in paths.values())]
@@ -281,5 +290,6 @@ if __name__ == "__main__":
     parser.add_argument("--settings", type=listed, default=["hard_greedy", "hard_sample"], help=", ".join(SETTINGS))
     parser.add_argument("--plot", metavar="FILE", help="the picture to draw, .png or .svg")
     parser.add_argument("--at", type=float, nargs="+", help="checkpoints: greedy accuracies, in percent")
+    parser.add_argument("--save", metavar="FILE", help="checkpoints: one small file to use instead of all others")
     parser.add_argument("--against", metavar="NAME", help="checkpoints: also differences from that name")
     parser.run(lambda args: commands[args.command](args))
