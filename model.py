@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 
@@ -313,11 +314,10 @@ class Transformer(nn.Module):
 
     def prefill(self, prompts):
         """Run Q prompts, lists of ids: hidden (Q, D) behind the last token of each, and Prompts."""
-        device, width = self.embed_tokens.weight.device, max(map(len, prompts))
-        ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)  # (Q, P)
-        length = torch.tensor([len(p) for p in prompts], device=device)
+        ids, device = pad_sequence([*map(torch.tensor, prompts)], True), self.lm_head.weight.device
+        length = torch.tensor([*map(len, prompts)], device=device)
         cache = Prompts(length)
-        hidden = self.forward(ids, cache)
+        hidden = self.forward(ids.to(device), cache)  # (Q, P, D)
         return hidden[torch.arange(len(prompts), device=device), length - 1], cache
 
     def logits(self, hidden):
@@ -494,8 +494,7 @@ class WeightedLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, lm_head, embed, action, weight, tau, noise_std):
-        """hidden (N, D); lm_head, embed (V, D), one tensor if tied; action (N,) tokens or (N, D)
-        thoughts; weight, tau (N,). Returns the weighted sum, and logp (N,), in float32."""
+        """hidden (N, D), action (N,) or (N, D), weight, tau (N,): weighted sum, and logp (N,)."""
         wide, narrow = torch.promote_types(hidden.dtype, torch.float32), hidden.dtype
         is_thought = action.dim() == 2
         logp = torch.empty(len(hidden), dtype=wide, device=hidden.device)

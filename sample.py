@@ -21,7 +21,6 @@ import functools
 import json
 import math
 import sys
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,12 +196,12 @@ class Decoder:
         self.cache.enter(places, prompts, of_row)
 
     def change(self, waiting):
-        """Let waiting rows (a deque) enter in the places of those that are done, some at a time so
+        """Let waiting rows (a list) enter in the places of those that are done, some at a time so
         that prompts run together; or, if none waits, drop these. Whether tensors have moved."""
         free, n = [i for i, row in enumerate(self.rows) if row.phase == DONE], len(self.rows)
         if waiting and len(free) >= min(n / 8, len(waiting)):
             for i in (places := free[:len(waiting)]):
-                self.rows[i] = waiting.popleft()
+                self.rows[i] = waiting.pop(0)
             self.enter(places)
         elif not waiting and len(free) >= n * (0.75 if self.live.is_cuda else 0.25):
             places = [i for i in range(n) if i not in free]
@@ -330,9 +329,9 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
 
     block = 256 if on_gpu else 8  # the cache is read so many columns wider at a time
     room = -(-(max(map(len, prompts)) + N) // block) * block
-    waiting, text_of = deque(rows), text_of_ids(tokenizer)
-    first = [waiting.popleft() for _ in range(min(batch or len(rows), len(rows)))]
-    decoder = Decoder(model, out, first, room, mode, greedy, answer_greedy)
+    text_of, batch = text_of_ids(tokenizer), batch or len(rows)
+    waiting = rows[batch:]
+    decoder = Decoder(model, out, rows[:batch], room, mode, greedy, answer_greedy)
     step = Recorded(decoder.step, on_gpu and notes["cuda_graphs"])
     while decoder.rows:
         used = max(len(prompts[row.question]) + row.length for row in decoder.rows) + ROUND

@@ -206,8 +206,9 @@ def checkpoints(args):
     """Tables of all figures at equal greedy accuracy and at the end; panels of each against greedy accuracy."""
     paths, cells, panels = read_paths(args), defaultdict(dict), defaultdict(lambda: defaultdict(list))
     if args.save:
-        write_json(args.save, {"paths": {f"{name}-{seed}": [{k: round(float(v), 5) for k, v in point.items()}
-                                                            for point in path] for (name, seed), path in paths.items()}})
+        short = {f"{name}-{seed}": [{k: round(float(v), 5) for k, v in point.items()} for point in path]
+                 for (name, seed), path in paths.items()}
+        write_json(args.save, {"paths": short})
     first = next(iter(paths.values()))[-1]
     greedy = next(column for column in first if column.endswith("greedy"))
     levels = args.at or [100 * min(max(point[greedy] for point in path) for path in paths.values())]

@@ -52,6 +52,8 @@ def test_checkpoints_at_equal_greedy_accuracy(tmp_path, capsys):
     assert report.at_level([0.8, 0.6, 0.7], [0, 4, 5], 0.75) is None  # it falls through, and does not rise so far
     files = [write_results(tmp_path / f"{name}.json", greedy, nll) for name, greedy, nll in (
         ("base-0", 0.2, 1.0), ("soft-0-60", 0.4, 0.9), ("soft-0-120", 0.6, 0.5), ("hard-0-60", 0.8, 4.0))]
-    report.checkpoints(Namespace(**OPTIONS, files=files))
+    report.checkpoints(Namespace(**OPTIONS, files=files, save=tmp_path / "paths.json"))
     out = capsys.readouterr().out
+    report.checkpoints(Namespace(**OPTIONS, files=[tmp_path / "paths.json"], save=None))
+    assert capsys.readouterr().out == out
     assert all(text in out for text in ("| sums: nll | 0.7000 | 2.5000 |", "| sums: nll | -1.8000 |")), out
