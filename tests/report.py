@@ -212,7 +212,8 @@ def checkpoints(args):
     first = next(iter(paths.values()))[-1]
     greedy = next(column for column in first if column.endswith("greedy"))
     levels = args.at or [100 * min(max(point[greedy] for point in path) for path in paths.values())]
-    for column, ((name, seed), path) in itertools.product(first, paths.items()):
+    columns = [column for column in first if column == greedy or any(text in column for text in args.columns)]
+    for column, ((name, seed), path) in itertools.product(columns, paths.items()):
         x, y = [point[greedy] for point in path], [point[column] for point in path]
         for level in levels if column != greedy else ():
             value = at_level(x, y, level / 100)
@@ -291,6 +292,7 @@ if __name__ == "__main__":
     parser.add_argument("--settings", type=listed, default=["hard_greedy", "hard_sample"], help=", ".join(SETTINGS))
     parser.add_argument("--plot", metavar="FILE", help="the picture to draw, .png or .svg")
     parser.add_argument("--at", type=float, nargs="+", help="checkpoints: greedy accuracies, in percent")
+    parser.add_argument("--columns", type=listed, default=[""], help="checkpoints: only those with one of these texts")
     parser.add_argument("--save", metavar="FILE", help="checkpoints: one small file to use instead of all others")
     parser.add_argument("--against", metavar="NAME", help="checkpoints: also differences from that name")
     parser.run(lambda args: commands[args.command](args))

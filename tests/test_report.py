@@ -4,7 +4,8 @@ from argparse import Namespace
 import pytest
 import report
 
-OPTIONS = {"tasks": None, "plot": None, "at": [50], "against": "hard", "settings": ["hard_greedy", "hard_sample"]}
+OPTIONS = {"tasks": None, "plot": None, "at": [50], "against": "hard", "settings": ["hard_greedy", "hard_sample"],
+           "columns": [""]}
 
 
 def write_results(path, greedy, nll=0.5, cot_len=512):
