@@ -237,7 +237,8 @@ class Decoder:
 
         # A distribution, and a token from it
         logits = model.logits(self.hidden)  # (B, V)
-        probs = (logits / self.taus[phase, None]).softmax(-1)  # eq. 3
+        plain = logits.softmax(-1)
+        probs = plain if self.tau == 1 else (logits / self.taus[phase, None]).softmax(-1)  # eq. 3
         shadow = self.cot_greedy or self.mode != "hard"
         best = probs.argmax(-1) if shadow or self.answer_greedy else None
         drawn = best if shadow and self.answer_greedy else draw_tokens(probs, self.noise[:, 0])
@@ -246,7 +247,6 @@ class Decoder:
         token = torch.where(phase == FORCED, forced, token)
         x = model.embed_tokens(token)  # eq. 4, (B, D)
         chosen, logp = self.chooser[phase], probs.gather(-1, token[:, None])[:, 0].log()
-        plain = probs if self.tau == 1 else logits.softmax(-1)
         z, p = (t.gather(-1, token[:, None])[:, 0] for t in (logits, plain))
         entropy = z - p.log() - torch.linalg.vecdot(plain, logits)  # where p is 0, nobody reads it
 
