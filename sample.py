@@ -135,8 +135,8 @@ class Row:
 
 @dataclass
 class Rollout:
-    """R generated rows of N slots each. Slot 0 follows the prompt; unused slots are at the end, and
-    the very last one is where rows that are done write what nobody reads."""
+    """R generated rows of N slots each. Slot 0 follows the prompt; unused slots are at the end. A row
+    that is done goes on writing into the first of these, which nobody reads."""
     prompts: list           # Q lists of ids
     of_row: torch.Tensor    # (R,) int64: the prompt of each row
     tokens: torch.Tensor    # (R, N) int64; where a thought was fed its shadow, the argmax of p
@@ -223,10 +223,9 @@ class Decoder:
 
     def tell(self, noise):
         """Write to the device where every row stands, and what it draws next, (B, 1 + D)."""
-        spare = self.out.tokens.shape[1] - 1
         self.live.copy_(torch.tensor([
-            (row.phase, row.forced[0] if row.forced else 0, row.place,
-             spare if row.phase == DONE else row.length) for row in self.rows]).T)
+            (row.phase, row.forced[0] if row.forced else 0, row.place, row.length)
+            for row in self.rows]).T)
         self.noise.copy_(noise)
 
     def step(self, columns):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sample
-from model import InputError
+from model import InputError, log_density
 from sample import (EVAL, FORCED, MODES, NOBODY, OPENINGS, SETTINGS, STOP, THOUGHT, TOKEN, TRAIN, Recorded, draw_tokens,
                     encode_behind, encode_prompts, generate, load, read_box)
 from train import score
@@ -204,6 +204,16 @@ def test_log_prob_in_training_is_that_at_sampling(mode, largest, usual, tiny):
             assert len(delta) == (out.chosen[rows] != NOBODY).sum()
             assert delta.mean() < usual if dtype == torch.bfloat16 else delta.max() < largest
             assert abs(loss - weight[rows] @ out.logp[rows].sum(1)) <= delta.sum() + 0.01
+
+
+@torch.no_grad()
+def test_density_is_that_of_the_rounded_thought_that_is_fed(tiny):
+    model, densities = tiny[0].bfloat16(), []
+    noise_std = model.notes["noise_scale"] * model.notes["rms"]
+    out = think(tiny, "soft", 1, ["3+4"], on_step=lambda rows, tokens, probs, x: densities.append(
+        log_density(x[0].float(), model.mixture(probs)[0], noise_std)))
+    n = out.rows[0].cot_len
+    torch.testing.assert_close(out.logp[0, :n], torch.stack(densities[:n]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("mode", MODES)

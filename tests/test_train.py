@@ -133,6 +133,7 @@ def test_update_is_clipped_adamw_on_the_policy_gradient_if_finite(toy, tiny_dir,
     def spy(self, *args):
         scored.extend(args[5].abs().amax(1).tolist())  # the weights
         loss, logp = log_prob(self, *args)
+        assert not logp[args[5] == 0].any()
         return loss * (math.nan if log_of(tmp_path) else 1), logp  # in the second step
     monkeypatch.setattr(Transformer, "log_prob", spy)
     done = script_inside(*toy(tmp_path, steps=2, samples=4, prompts=6, seed=5, data="arithmetic"))
