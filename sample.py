@@ -135,8 +135,8 @@ class Row:
 
 @dataclass
 class Rollout:
-    """R generated rows of N slots each, unused ones at the end. Slot 0 follows the prompt. A row that
-    is done goes on writing into its first unused slot, which nobody reads."""
+    """R generated rows of N slots, unused ones at the end. Slot 0 follows the prompt. A row that is
+    done goes on writing into its first unused slot, which nobody reads."""
     prompts: list           # Q lists of ids
     of_row: torch.Tensor    # (R,) int64: the prompt of each row
     tokens: torch.Tensor    # (R, N) int64; where a thought was fed its shadow, the argmax of p
