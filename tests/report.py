@@ -198,7 +198,7 @@ def read_paths(args):
         name, seed = split_number(run)
         point = starts[number] if seed is None else runs[name, seed][number]
         point |= {f"{task}: {column}": value for column, value in columns_of(setting, figures).items()}
-    return {(name, seed): [starts[seed]] * (seed in starts) + [run[step] for step in sorted(run)]
+    return {(name, seed): ([starts[seed]] if seed in starts else []) + [run[step] for step in sorted(run)]
             for (name, seed), run in runs.items()}
 
 
