@@ -197,22 +197,25 @@ def read_paths(args):
     for (run, number), task, setting, figures in read_results(args):
         name, seed = split_number(run)
         point = starts[number] if seed is None else runs[name, seed][number]
+        point["step"] = 0 if seed is None else number
         point |= {f"{task}: {column}": value for column, value in columns_of(setting, figures).items()}
     return {(name, seed): ([starts[seed]] if seed in starts else []) + [run[step] for step in sorted(run)]
             for (name, seed), run in runs.items()}
 
 
 def checkpoints(args):
-    """Tables of all figures at equal greedy accuracy and at the end; panels of each against greedy accuracy."""
+    """Tables of figures at equal greedy accuracy and at the end; panels of that accuracy, and of others against it."""
     paths, cells, panels = read_paths(args), defaultdict(dict), defaultdict(lambda: defaultdict(list))
     if args.save:
         short = {f"{name}-{seed}": [{k: round(float(v), 5) for k, v in point.items()} for point in path]
                  for (name, seed), path in paths.items()}
         write_json(args.save, {"paths": short})
-    first = next(iter(paths.values()))[-1]
+    first = [*next(iter(paths.values()))[-1]][1:]  # less the step
     greedy = next(column for column in first if column.endswith("greedy"))
     levels = args.at or [100 * min(max(point[greedy] for point in path) for path in paths.values())]
     columns = [column for column in first if column == greedy or any(text in column for text in args.columns)]
+    panels[greedy, "step"] = {(name, ""): [([point["step"] for point in path], [point[greedy] for point in path])
+                                           for (of, _), path in paths.items() if of == name] for name, _ in paths}
     for column, ((name, seed), path) in itertools.product(columns, paths.items()):
         x, y = [point[greedy] for point in path], [point[column] for point in path]
         for level in levels if column != greedy else ():
