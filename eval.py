@@ -169,7 +169,9 @@ def load_problems(data, split, n=512):
         return list(made.values())
     path, problems = Path(data), []
     if data in TASKS:
-        split = split if (data, split) in FILES else dict([*FILES])[data]
+        if (data, split) not in FILES:
+            was, split = split, dict([*FILES])[data]
+            print(f"note: {data} has no {was} file; its {split} file is used")
         path = Path("data", f"{data}_{split}{Path(FILES[data, split][0]).suffix}")
         if not path.exists():
             download(*FILES[data, split], path)

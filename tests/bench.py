@@ -3,7 +3,7 @@ Measurements against transformers, TRL and plain formulas, on a real checkpoint;
 
     python tests/bench.py rollout --model path/to/SmolLM2-135M-Instruct --data path/to/gsm8k_test.jsonl
     python tests/bench.py loss    # and step, eval, drift, ops like rollout; tests/gpu.py runs them all on a GPU
-    python tests/bench.py why --model out/base-chains-0/best --data chains --runs 8    # for assets/why.md
+    python tests/bench.py why --model out/base-chains-0/best --data chains --runs 12    # for assets/why.md
 
 SMOLLM2 in the environment may name the checkpoint instead. Both sides take turns within one run, or have a process each
 where peak memory is compared. Figures are lines of JSON, most of them {"name", "ours", "peer", "ratio": ours / peer}.
