@@ -283,7 +283,8 @@ def gathered(model):
 def save(out, model, optimizer, source, args, state, is_best):
     """Write OUT/last, with float32 weights and in training/ what --resume needs; and OUT/best.
 
-    All ranks call this together, and the first one writes. source: where the tokenizer is.
+    All ranks call this together. The first one writes, and holds all of it in host memory, which is
+    12 bytes per parameter. source: where the tokenizer is.
     """
     first, new = dist.get_rank() == 0, out / "last.new"
 
