@@ -58,3 +58,15 @@ def test_checkpoints_at_equal_greedy_accuracy(tmp_path, capsys):
     report.checkpoints(Namespace(**OPTIONS, files=[tmp_path / "paths.json"], save=None))
     assert capsys.readouterr().out == out
     assert all(text in out for text in ("| sums: nll | 0.7000 | 2.5000 |", "| sums: nll | -1.8000 |")), out
+
+
+def test_table_of_what_bench_why_measured(tmp_path, capsys):
+    for seed, cosine in ((0, 0.4), (1, 0.2)):
+        lines = [{"name": "signal_hard_float32", "between": cosine, "careful": 0.5},
+                 {"name": "explored_fuzzy_bfloat16", "share": 0.1, "p": [0.5], "near": [0.2]},
+                 {"name": "ties_bfloat16", "positions": 0.01, "decisions": cosine / 10}]
+        (tmp_path / f"{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.why(Namespace(files=[*tmp_path.glob("*.jsonl")], plot=None))
+    out = capsys.readouterr().out
+    expected = "hard (n = 2) | fuzzy, bfloat16 (n = 2)", "gradients | 30.0 ± 14.1 |", "logits tie |  (n = 0) | 3.0 ± 1.4 |"
+    assert all(text in out for text in expected), out
