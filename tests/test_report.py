@@ -68,5 +68,5 @@ def test_table_of_what_bench_why_measured(tmp_path, capsys):
         (tmp_path / f"{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.why(Namespace(files=[*tmp_path.glob("*.jsonl")], plot=None))
     out = capsys.readouterr().out
-    expected = "hard (n = 2) | fuzzy, bfloat16 (n = 2)", "gradients | 30.0 ± 14.1 |", "logits tie |  (n = 0) | 3.0 ± 1.4 |"
+    expected = "hard (n = 2) | fuzzy, bfloat16 (n = 2)", "gradients | 30.0 ± 14.1 |", "tie |  (n = 0) | 3.0 ± 1.4 |"
     assert all(text in out for text in expected), out
