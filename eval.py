@@ -487,7 +487,7 @@ def verify(candidate, gold):
     return judge(candidate, gold) == "correct"
 
 
-# ---- Figures: of sampled answers, and likelihoods of reference solutions and of choices 
+# ---- Figures: of sampled answers, and likelihoods of reference solutions and of choices
 
 def pass_at_k(n, c, k):
     """Chance that k <= n of n samples, c of them right, hold a right one (arXiv 2107.03374)."""
@@ -594,7 +594,7 @@ def score(model, tokenizer, problems, *, notes=None, done=(), record=lambda samp
     return [results[i] for i in sorted(results)]
 
 
-# ---- The command line, and the record from which every figure can be computed again 
+# ---- The command line, and the record from which every figure can be computed again
 
 class Record:
     """OUT.jsonl, locked: a line that says what is run, and a line per sample. samples: those of an

@@ -76,13 +76,13 @@ class Config:
         heads = c.num_attention_heads
         c.num_key_value_heads = c.num_key_value_heads or heads
         c.head_dim = c.head_dim or (128 if c.model_type == "qwen3" else c.hidden_size // heads)
-        windowed = raw.get("use_sliding_window") or "sliding_attention" in (
-            raw.get("layer_types") or ())
+        windowed = raw.get("use_sliding_window") and (
+            raw.get("max_window_layers", 28) < c.num_hidden_layers)
         refused = {  # what this file would get wrong if it went on
             "model_type": c.model_type not in ("llama", "qwen2", "qwen3"),
             "quantization_config": raw.get("quantization_config"),
             "hidden_act": raw.get("hidden_act", "silu") != "silu",
-            "use_sliding_window": windowed,
+            "use_sliding_window": windowed or "sliding_attention" in (raw.get("layer_types") or ()),
             "rope_type": c.rope["rope_type"] not in ("default", "linear", "llama3"),
             "rope_theta": not 0 < c.rope["rope_theta"] < math.inf,
             "partial_rotary_factor": (raw | rope).get("partial_rotary_factor", 1) != 1,
@@ -314,7 +314,8 @@ class Transformer(nn.Module):
 
     def prefill(self, prompts):
         """Run Q prompts, lists of ids: hidden (Q, D) behind the last token of each, and Prompts."""
-        ids, device = pad_sequence([*map(torch.tensor, prompts)], True), self.lm_head.weight.device
+        ids = pad_sequence([*map(torch.tensor, prompts)], batch_first=True)  # (Q, P)
+        device = self.embed_tokens.weight.device
         length = torch.tensor([*map(len, prompts)], device=device)
         cache = Prompts(length)
         hidden = self.forward(ids.to(device), cache)  # (Q, P, D)
@@ -404,7 +405,7 @@ HINTS = {  # parts of the names of files and tensors that people have instead of
     "adapter_config": "it is an adapter; merge it into its base model", "lora_": "it is an adapter",
     "snapshots": "it is the root of a hub cache; give a directory in its snapshots/",
     "best": "it is a run of train.py; give its best/", ".gguf": "give safetensors, not GGUF",
-    ".bin": "give safetensors, not pickled weights", "score.": "it is a reward model",
+    "pytorch_model": "give safetensors, not pickled weights", "score.": "it is a reward model",
     "_orig_mod": "it is a compiled model's; save its _orig_mod", "vision": "it is multimodal",
     "language_model": "it is a part of a multimodal model"}
 
@@ -412,7 +413,7 @@ HINTS = {  # parts of the names of files and tensors that people have instead of
 def hint(path, key=""):
     """What a tensor's key, or else the names in a directory without weights, tell of a mistake:
     "; ..." or ""."""
-    has_weights = any(path.glob("model*.safetensors"))  # then training_args.bin means nothing
+    has_weights = any(path.glob("model*.safetensors"))  # then pytorch_model.bin is only a copy
     names = key or " ".join(file.name for file in path.glob("*") if not has_weights)
     return next((f"; {text}" for part, text in HINTS.items() if part in names), "")
 
@@ -424,8 +425,9 @@ def whole(tensor):
 
 def part_of(tensor, param):
     """A whole tensor, which every rank has, in the form of a parameter: this rank's share of it."""
-    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None
-                             ) if isinstance(param, DTensor) else tensor
+    if not isinstance(param, DTensor):
+        return tensor
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def stored_tensors(path):

@@ -70,7 +70,7 @@ FREE = {"resume", "device", "micro_batch", "activation_checkpointing", "no_cuda_
 # that --resume may change: they move the result by rounding only
 
 
-# ---- The method: reward, advantage, and the log-probs of what was sampled 
+# ---- The method: reward, advantage, and the log-probs of what was sampled
 
 def reward(verdict, row):
     """eq. 11: 100 for a correct answer, 10 for a wrong one in a closed box, 0 for none.
@@ -150,7 +150,7 @@ def reference_rollout(problems, model, tokenizer):
                    zeros + 1, zeros, zeros, rows=[])
 
 
-# ---- The tiny base: a Llama of 150 thousand parameters that knows a little arithmetic 
+# ---- The tiny base: a Llama of 150 thousand parameters that knows a little arithmetic
 
 def write_tiny_model(path, seed):
     """Write a random tiny Llama and its tokenizer as an ordinary checkpoint directory."""
@@ -278,7 +278,7 @@ def gathered(model):
         m.reshard()
 
 
-# ---- Checkpoints: OUT/best to deploy, OUT/last to resume from; both are Hugging Face directories 
+# ---- Checkpoints: OUT/best to deploy, OUT/last to resume from; both are Hugging Face directories
 
 def save(out, model, optimizer, source, args, state, is_best):
     """Write OUT/last, with float32 weights and in training/ what --resume needs; and OUT/best.
@@ -527,7 +527,8 @@ def say_end(out, args, state, own):
     for name in base:
         say(f"{name}: {100 * base[name]:.1f} % before, {100 * final[name]:.1f} % after")
     if Path(args.model) != out / "init":  # a tiny base's own run is the first part of another
-        data = args.data if args.data in (*ARITHMETIC, "gsm8k") else out / "val.jsonl"  # has a test
+        has_test = args.data in (*ARITHMETIC, "gsm8k")  # besides what it is trained on
+        data = args.data if has_test else out / "val.jsonl"
         say(f"The best checkpoint, of step {best}, is in {out / 'best'}. Next:\n"
             f"  python eval.py --model {out / 'best'} --data {data} --settings all")
 

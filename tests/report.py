@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import bootstrap, summarize  # noqa: E402
-from model import InputError, read_json, write_json  # noqa: E402
+from model import InputError, read_json  # noqa: E402
 from sample import SETTINGS, Parser  # noqa: E402
 
 COLORS = {"base": "#555555", "hard": "#0072B2", "soft": "#D55E00", "fuzzy": "#009E73", "cool": "#56B4E9",
@@ -209,7 +209,7 @@ def checkpoints(args):
     if args.save:
         short = {f"{name}-{seed}": [{k: round(float(v), 5) for k, v in point.items()} for point in path]
                  for (name, seed), path in paths.items()}
-        write_json(args.save, {"paths": short})
+        Path(args.save).write_text(json.dumps({"paths": short}) + "\n")
     first = [*next(iter(paths.values()))[-1]][1:]  # less the step
     greedy = next(column for column in first if column.endswith("greedy"))
     levels = args.at or [100 * min(max(point[greedy] for point in path) for path in paths.values())]
