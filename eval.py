@@ -570,8 +570,8 @@ def text_log_probs(model, tokenizer, notes, question, texts):
     return [-F.cross_entropy(model.logits(h[:len(t)]), t).item() for h, t in zip(hidden, texts)]
 
 
-def score(model, tokenizer, problems, *, notes=None, done=(), record=lambda sample: None,
-          progress=False):
+def likelihoods(model, tokenizer, problems, *, notes=None, done=(), record=lambda sample: None,
+                progress=False):
     """Likelihoods, a dict for each problem with a solution or choices: "nll" in nats per token of
     the solution behind its prompt; or of the right choice behind the stem, with "letter_nll" of
     its letter behind the list, and whether each is likelier than the others."""
@@ -680,7 +680,7 @@ def main(args):
                     model, tokenizer, problems, kind, args.samples, batch=args.batch,
                     seed=args.seed, verifier=args.verifier, **options))
             else:
-                figures = means(score(model, tokenizer, problems, **options))
+                figures = means(likelihoods(model, tokenizer, problems, **options))
             results[task][kind] = figures
             for name, (low, high) in figures["interval"].items():
                 print(f"  {name:16}{figures[name]:9.4f}   95 %: {low:.4f} to {high:.4f}")

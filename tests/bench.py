@@ -337,9 +337,9 @@ def bench_why(args):
     for mode, dtype in (("hard", "float32"), ("soft", "float32"), ("fuzzy", "float32"), ("fuzzy", "bfloat16")):
         model, tokenizer = load(args.model, getattr(torch, dtype), args.device)
         with torch.enable_grad():
-            found, careful = (F.normalize(g, dim=-1) for g in gradients(model, tokenizer, problems, mode, args.runs))
+            found, reference = (F.normalize(g, dim=-1) for g in gradients(model, tokenizer, problems, mode, args.runs))
         others = (found @ found.T)[~torch.eye(len(found), dtype=torch.bool)]
-        say(f"signal_{mode}_{dtype}", between=others.mean(), careful=(found @ careful).mean())
+        say(f"signal_{mode}_{dtype}", between=others.mean(), reference=(found @ reference).mean())
 
         decisions, noise_std = Decisions(model, tokenizer, tested), model.notes["noise_scale"] * model.notes["rms"]
         explored = decisions.explored(mode, noise_std).float()

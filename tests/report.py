@@ -249,7 +249,7 @@ def why(args):
                 cells["in percent", "decisions explored", name][file] = line["share"]
             elif kind == "signal":
                 cells["in percent", "cosine of two batches' gradients", name][file] = line["between"]
-                cells["in percent", "cosine with reference solutions", name][file] = line["careful"]
+                cells["in percent", "cosine with reference solutions", name][file] = line["reference"]
             elif kind == "ties":
                 cells["in percent", "positions whose best logits tie", name][file] = line["positions"]
                 cells["in percent", "decisions whose best logits tie", name][file] = line["decisions"]

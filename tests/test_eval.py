@@ -10,7 +10,7 @@ from conftest import random_model, script_inside
 from test_sample import checkpoint, tokenizer_like
 
 import eval as evaluation
-from eval import Record, evaluate, judge, load_problems, score, summarize, worked_text
+from eval import Record, evaluate, judge, likelihoods, load_problems, summarize, worked_text
 from model import InputError
 from sample import SETTINGS
 
@@ -139,12 +139,12 @@ def test_likelihoods_equal_a_direct_computation(byte_dir):
         n, ids = len(prompt), tokenizer.encode(prompt + text).ids
         logp = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1).detach()
         return logp[n - 1:-1].gather(-1, torch.tensor(ids[n:])[:, None])[:, 0]
-    results = score(model, tokenizer, PROBLEMS)  # the third has no solution
+    results = likelihoods(model, tokenizer, PROBLEMS)  # the third has no solution
     expected = [-direct(f"Q: {p['question']} A:", worked_text(p)).mean().item() for p in PROBLEMS[:2]]
     assert [r["nll"] for r in results] == pytest.approx(expected, abs=1e-4)
     questions = [{"question": f"{stem}\nA. x\nB. yy=1", "stem": stem, "choices": ["x", "yy=1"], "answer": answer,
                   "solution": ""} for stem in ("What?", "Which of them") for answer in "AB"]
-    for q, r in zip(questions, score(model, tokenizer, questions), strict=True):
+    for q, r in zip(questions, likelihoods(model, tokenizer, questions), strict=True):
         letter = [direct(f"{q['question']}\nAnswer:", f" {c}").mean().item() for c in "AB"]
         text, gold = [direct(q["stem"], f" {c}").mean().item() for c in q["choices"]], "AB".index(q["answer"])
         assert [r["nll"], r["letter_nll"]] == pytest.approx([-text[gold], -letter[gold]], abs=1e-4)

@@ -19,7 +19,7 @@ FAMILIES = {  # changes of config.json, in the words of older and of newer versi
     "llama linear rope": dict(rope_theta=5000.0, rope_scaling={"type": "linear", "factor": 4.0}, head_dim=20),
     "llama3 rope": dict(rope_theta=500000.0, rope_scaling=LLAMA3, torch_dtype="bfloat16"),
     "llama3 rope, newer": dict(rope_parameters=LLAMA3 | {"rope_theta": 500000.0}),
-    "qwen2": dict(model_type="qwen2", max_window_layers=1, sliding_window=4096, use_sliding_window=False),
+    "qwen2": dict(model_type="qwen2", max_window_layers=2, sliding_window=4096, use_sliding_window=True),
     "qwen2 tied": dict(model_type="qwen2", tie_word_embeddings=True, num_key_value_heads=1, rope_theta=1e6),
     "qwen3": dict(model_type="qwen3", head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})}
 OTHERS = dict(bos_token_id=3, eos_token_id=[1, 2], pad_token_id=None, architectures=["Any"], a_key_of_tomorrow={"x": 1})

@@ -62,7 +62,7 @@ def test_checkpoints_at_equal_greedy_accuracy(tmp_path, capsys):
 
 def test_table_of_what_bench_why_measured(tmp_path, capsys):
     for seed, cosine in ((0, 0.4), (1, 0.2)):
-        lines = [{"name": "signal_hard_float32", "between": cosine, "careful": 0.5},
+        lines = [{"name": "signal_hard_float32", "between": cosine, "reference": 0.5},
                  {"name": "explored_fuzzy_bfloat16", "share": 0.1, "p": [0.5], "near": [0.2]},
                  {"name": "ties_bfloat16", "positions": 0.01, "decisions": cosine / 10}]
         (tmp_path / f"{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
