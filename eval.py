@@ -13,6 +13,7 @@ import ast
 import contextlib
 import csv
 import decimal
+import fcntl
 import hashlib
 import itertools
 import json
@@ -61,9 +62,9 @@ FILES = {  # (task, split): address, and how its SHA-256 begins where that is kn
     ("hellaswag", "val"): (f"{RAW}/rowanz/hellaswag/master/data/hellaswag_val.jsonl", ""),
     ("arc", "test"): (f"{ARC}/ARC-Challenge-Test.jsonl", "9fa8ffb3e3a1f88c"),
     ("mmlu", "test"): ("https://people.eecs.berkeley.edu/~hendrycks/data.tar", "")}
-ARITHMETIC = {  # chains of n numbers, modulo `modulus`, with signs that are drawn evenly. Careless
-    # writers take a sign for a plus with probability careless[0] before a digit below 4, else
-    # careless[1], and write a wrong digit in a result with probability slip
+ARITHMETIC = {  # chains of n numbers, from left to right and modulo `modulus`: 3+4*2 is 14, so 4.
+    # Careless writers take a sign for a plus with probability careless[0] before a digit below 4,
+    # else careless[1], and write a wrong digit in a result with probability slip
     "arithmetic": dict(modulus=10, n=(3, 4), signs="+-*", careless=(0.5, 0.5), slip=0.0),
     "chains": dict(modulus=100, n=(3, 4), signs="++++-----*", careless=(0.3, 0.6), slip=0.2)}
 TASKS = [*ARITHMETIC, *dict.fromkeys(task for task, _ in FILES)]
@@ -133,7 +134,7 @@ def read_problem(row):
         answer = read_box(solution.rpartition("\\boxed{")[2]) or ""
     problem = {"question": question, "answer": answer.strip(), "solution": solution.strip()}
     if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", field(row.get("error"))):  # OlympiadBench
-        problem["tolerance"] = float(row["error"])
+        problem["error"] = float(row["error"])
     return problem
 
 
@@ -191,10 +192,6 @@ def load_problems(data, split, n=512):
     return whole
 
 
-# Chains of numbers with + - *, worked from left to right. arithmetic is modulo 10: "3+4*2" is
-# (3+4)*2 = 14, so 4. chains is modulo 100, and its values have two digits: "38+4*7-1" is 42*7-1 =
-# 293, so 93; most of its signs are plus or minus, and its products stay hard for a tiny model.
-
 def arithmetic_split(question):
     """The split that a question belongs to, by its checksum."""
     return {0: "val", 1: "test"}.get(zlib.crc32(question.encode()) % 10, "train")
@@ -239,7 +236,7 @@ def check_vocabulary(tokenizer, problems):
 # Values lie between 1e-30 and 1e30 and have 80 digits: no two short fractions look the same.
 
 VERIFIERS = ("own", "math-verify")
-VERIFIER_VERSION = 1  # raise it whenever a verdict changes: records of evaluations name it
+VERIFIER_VERSION = 2  # raise it whenever a verdict changes: records of evaluations name it
 MAX_CHARS, MAX_DEPTH, MAX_ITEMS, MAX_SECONDS = 400, 12, 24, 10
 EXACT = decimal.Context(prec=80, Emax=30, Emin=-30, traps=[
     decimal.Overflow, decimal.Subnormal, decimal.InvalidOperation, decimal.DivisionByZero])
@@ -321,7 +318,8 @@ def parse(text, leaves):
     there."""
     if PLAIN.fullmatch(text):
         text = re.sub(r"^(-?)(\d+) ?((?<= )\d+/\d+|\\frac.*)$", r"\1(\2+\3)", text)
-    if re.search(r"\d ?\\frac|[\w.)}] +[\d.]|[A-Za-z)}][\d.]|[\d.]{30}|//", text):
+    letter = r"(?!(?<=[\d.])e\d{1,3}(?![\d.]))[A-Za-z)}]"  # not the e of 1e3
+    if re.search(rf"\d ?\\frac|[\w.)}}] +[\d.]|{letter}[\d.]|[\d.]{{30}}|//", text):
         raise ValueError("3 4 is neither 12 nor 34")
     for pattern, new in TO_PYTHON * text.count("{"):
         text = re.sub(pattern, new, text)
@@ -415,7 +413,7 @@ def same_number(a, b, tolerance):
     (a, unit_a), (b, unit_b) = split_unit(a), split_unit(b)
     if unit_a != unit_b and unit_a and unit_b:
         return False
-    if TOKEN.findall(a) == TOKEN.findall(b) or re.fullmatch("[a-z][a-z .'-]{2,}", b):
+    if TOKEN.findall(a) == TOKEN.findall(b) or re.fullmatch("[a-z][a-z .'-]{2,}|no", b):
         return TOKEN.findall(a) == TOKEN.findall(b)  # spaces do not count, but 3 4 is not 34
     a, b = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) for text in (a, b))
     pairs = values(a, b)
@@ -442,8 +440,8 @@ def same(a, b, tolerance):
 @contextlib.contextmanager
 def time_limit(seconds):
     """Raises TimeoutError in a block that takes longer; an outer block's timer goes on."""
-    if not hasattr(signal, "SIGALRM") or threading.current_thread() != threading.main_thread():
-        yield  # neither Windows nor other threads have an alarm
+    if threading.current_thread() != threading.main_thread():
+        yield  # other threads have no alarm
         return
 
     def late(*_):
@@ -461,11 +459,8 @@ def time_limit(seconds):
 
 
 def judge(candidate, gold, verifier="own", tolerance=None):
-    """Whether a final answer equals the reference, whose numbers may be off by tolerance.
-
-    Returns "correct", "wrong", "error" if a text is not understood, or "unparsed" if candidate is
-    None: there was no closed box.
-    """
+    """Whether a final answer equals the reference, whose numbers may be off by tolerance:
+    "correct", "wrong", "error" if a text is not understood, "unparsed" if candidate is None."""
     if candidate is None:
         return "unparsed"
     tolerance = Decimal(float(tolerance or 0))
@@ -537,18 +532,17 @@ def evaluate(model, tokenizer, problems, setting, n_samples=1, *, notes=None, ba
     rows = [row for row in range(len(problems) * n) if divmod(row, n) not in samples]
     bar = tqdm(total=len(rows), desc=setting, disable=None if progress else True, leave=False)
 
-    def on_finish(finished):
-        for row in finished:
-            i, sample = divmod(row.number, n)
-            p = problems[i]
-            verdict = judge(row.answer, p["answer"], verifier, p.get("tolerance"))
-            samples[i, sample] = {
-                "problem": i, "sample": sample, "question": p["question"], "gold": p["answer"],
-                "cot": row.cot, "answer": row.answer, "verdict": verdict,
-                "truncated": row.truncated, "cot_len": row.cot_len, "length": row.length,
-                "entropy": [round(h, 4) for h in row.entropy]}
-            record(samples[i, sample])
-            bar.update()
+    def on_finish(row):
+        i, sample = divmod(row.number, n)
+        p = problems[i]
+        verdict = judge(row.answer, p["answer"], verifier, p.get("error"))
+        samples[i, sample] = {
+            "problem": i, "sample": sample, "question": p["question"], "gold": p["answer"],
+            "cot": row.cot, "answer": row.answer, "verdict": verdict,
+            "truncated": row.truncated, "cot_len": row.cot_len, "length": row.length,
+            "entropy": [round(h, 4) for h in row.entropy]}
+        record(samples[i, sample])
+        bar.update()
     if rows:
         generate(model, tokenizer, [p["question"] for p in problems], mode, n, notes=notes,
                  greedy=how == "greedy", seed=(EVAL, seed), rows=rows, batch=batch,
@@ -605,9 +599,8 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b", buffering=0)
         try:
-            import fcntl  # Windows has no such locks
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (ImportError, BlockingIOError):
+        except BlockingIOError:
             raise InputError(f"{path}: in use by another evaluation; give another --out") from None
         self.file.seek(0)
         *lines, half = self.file.read().split(b"\n")  # a kill leaves half a line

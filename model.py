@@ -84,10 +84,7 @@ class Config:
             "hidden_act": raw.get("hidden_act", "silu") != "silu",
             "use_sliding_window": windowed or "sliding_attention" in (raw.get("layer_types") or ()),
             "rope_type": c.rope["rope_type"] not in ("default", "linear", "llama3"),
-            "rope_theta": not 0 < c.rope["rope_theta"] < math.inf,
             "partial_rotary_factor": (raw | rope).get("partial_rotary_factor", 1) != 1,
-            "rms_norm_eps": not 0 < c.rms_norm_eps < 1,
-            "num_hidden_layers": not 0 < c.num_hidden_layers < 1000,
             "num_key_value_heads": heads % c.num_key_value_heads, "head_dim": c.head_dim % 2}
         for key in filter(refused.get, refused):
             raise ValueError(f"{key} {(raw | c.rope).get(key)!r} is not supported")
@@ -139,10 +136,8 @@ class Prompts:
         if self.of_row is None:
             return column[None]
         length, P = self.length[self.of_row, None], self.kv[0][0].shape[2]
-        prompt = torch.arange(P, device=length.device) < length  # (B, P)
-        own = (column <= column[:, None]).expand(len(length), -1, -1)  # (B, T, T)
-        self.mask = torch.cat((prompt[:, None].expand(-1, own.shape[1], -1), own), -1)[:, None]
-        # (B, 1, T, P + T)
+        key, newest = torch.arange(P + len(column), device=length.device), P + column[:, None]
+        self.mask = (key < length[..., None, None]) | (P <= key) & (key <= newest)  # (B, 1, T, P+T)
         return length + column
 
     def attend(self, layer, q, k, v):
@@ -154,9 +149,11 @@ class Prompts:
                 for prompt, new in zip(self.kv[layer], (k, v)))
         B, H, T, d = q.shape  # the query heads of a shared key head are several queries to it
         n = H // k.shape[1]
-        out = F.scaled_dot_product_attention(q.reshape(B, -1, n * T, d), k, v,
-                                             attn_mask=self.mask.repeat(1, 1, n, 1))
-        return out.view(q.shape)
+        if layer == 0:  # the same for all; columns in 16s, or a GPU would copy it for every layer
+            self.bias = q.new_zeros(B, 1, n * T, -(-k.shape[2] // 16) * 16)[..., :k.shape[2]]
+            self.bias.masked_fill_(~self.mask.repeat(1, 1, n, 1), -math.inf)
+        out = F.scaled_dot_product_attention(q.reshape(B, -1, n * T, d), k, v, attn_mask=self.bias)
+        return out.reshape(q.shape)  # its heads need not be contiguous on a GPU
 
 
 class KVCache:
@@ -191,9 +188,8 @@ class KVCache:
     def prepare(self, _):
         """Begin a pass of T = 1 position of each row. Returns where they stand, (B, 1)."""
         self.last.add_(1).clamp_(max=len(self.column) - 1)  # rows that are done go on at the end
-        later = self.column[:self.columns] > self.last[:, None]  # (B, columns)
-        bias = torch.zeros(later.shape, dtype=self.kv[0][0].dtype, device=later.device)
-        self.bias = bias.masked_fill_(later, -math.inf)[:, None, None]
+        later = self.column[:self.columns] > self.last[:, None, None, None]  # (B, 1, 1, columns)
+        self.bias = self.kv[0][0].new_zeros(later.shape).masked_fill_(later, -math.inf)
         return self.last[:, None]
 
     def attend(self, layer, q, k, v):
@@ -202,7 +198,8 @@ class KVCache:
             stored[self.rows, :, self.last] = new[:, :, 0]
         k, v = (x[:, :, :self.columns] for x in self.kv[layer])
         queries = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, H_kv, H / H_kv, d)
-        return F.scaled_dot_product_attention(queries, k, v, attn_mask=self.bias).view(q.shape)
+        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=self.bias)
+        return out.reshape(q.shape)
 
 
 class Attention(nn.Module):
@@ -303,8 +300,7 @@ class Transformer(nn.Module):
         cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         for i, block in enumerate(self.layers):
-            if not torch.is_grad_enabled():  # without hooks, which no CUDA graph records: under
-                # FSDP the caller holds the weights whole
+            if not torch.is_grad_enabled():  # no hooks, for CUDA graphs; under FSDP, see gathered()
                 h = block.forward(h, rope, cache, i)
             elif self.activation_checkpointing:
                 h = checkpoint(block, h, rope, cache, i, use_reentrant=False)
@@ -315,18 +311,15 @@ class Transformer(nn.Module):
     def prefill(self, prompts):
         """Run Q prompts, lists of ids: hidden (Q, D) behind the last token of each, and Prompts."""
         ids = pad_sequence([*map(torch.tensor, prompts)], batch_first=True)  # (Q, P)
-        device = self.embed_tokens.weight.device
-        length = torch.tensor([*map(len, prompts)], device=device)
+        length = torch.tensor([*map(len, prompts)], device=self.embed_tokens.weight.device)
         cache = Prompts(length)
-        hidden = self.forward(ids.to(device), cache)  # (Q, P, D)
-        return hidden[torch.arange(len(prompts), device=device), length - 1], cache
+        hidden = self.forward(ids.to(length.device), cache)  # (Q, P, D)
+        return hidden[torch.arange(len(length), device=length.device), length - 1], cache
 
     def logits(self, hidden):
-        """Next-token logits of hidden (..., D): (..., V) float32.
-
-        The product has the model's dtype, and its rounding is a part of the policy: in bfloat16
-        the two best logits are often equal, and from such ties fuzzy thoughts learn.
-        """
+        """Next-token logits of hidden (..., D): (..., V) float32. They are rounded to the model's
+        dtype first, as part of the policy: in bfloat16 the two best may tie, and from such ties
+        fuzzy thoughts learn."""
         return F.linear(hidden, self.lm_head.weight).float()
 
     def mixture(self, probs):
@@ -420,7 +413,9 @@ def hint(path, key=""):
 
 def whole(tensor):
     """A tensor whole; one that FSDP shards is gathered, and all ranks must call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor() if tensor.device_mesh.size() > 1 else tensor.to_local()  # no copy
 
 
 def part_of(tensor, param):
@@ -430,45 +425,39 @@ def part_of(tensor, param):
     return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
-def stored_tensors(path):
-    """(file, key, tensor) for all that the safetensors files of a checkpoint directory hold."""
-    for file in sorted(path.glob("model*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as f:
-                yield from ((file, key, f.get_tensor(key)) for key in f.keys())
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{file}: not readable ({e}); download it again, or, if it is a "
-                             "git-lfs pointer, run git lfs pull") from None
-
-
 @torch.no_grad()
 def read_weights(model, path):
     """Copy a checkpoint directory's tensors into a model, one after the other, and strictly."""
     params = dict(model.named_parameters(remove_duplicate=False))
-    missing, twins = set(params), {"embed_tokens.weight", "lm_head.weight"}
-    twins = twins if model.config.tie_word_embeddings else set()
-    for file, key, tensor in stored_tensors(path):
-        name = key.removeprefix("model.")
-        if name.endswith("rotary_emb.inv_freq"):  # tables in old Llama files
-            continue
-        param, wrong = params.get(name), ""
-        if param is None:
-            wrong = "is unknown to config.json's architecture"
-        elif tensor.shape != param.shape:
-            wrong = f"has shape {(*tensor.shape,)}, but config.json says {(*param.shape,)}"
-        elif tensor.dtype.itemsize < 2 or not tensor.isfinite().all():
-            wrong = f"holds quantised ({tensor.dtype}), infinite or NaN weights"
-        elif isinstance(param, DTensor):
-            tensor, param = part_of(tensor, param).to_local(), param.to_local()
-        if not wrong and name not in missing and not torch.equal(param, tensor.to(param)):
-            wrong = "is there twice, or differs from its tied twin"
-        if wrong:
-            raise InputError(f"{file}: tensor {key} {wrong}; give files that belong together"
-                             f"{hint(path, key)}")
-        param.copy_(tensor)
-        missing -= twins if name in twins else {name}
-    if missing:
-        raise InputError(f"{path}: {len(missing)} tensors are missing, the first is {min(missing)};"
+    missing = {param: name for name, param in model.named_parameters()}  # tied tables are one
+    for file in sorted(path.glob("model*.safetensors")):
+        try:
+            stored = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{file}: not readable ({e}); download it again, or, if it is a "
+                             "git-lfs pointer, run git lfs pull") from None
+        for key in stored.keys():
+            tensor, name, wrong = stored.get_tensor(key), key.removeprefix("model."), ""
+            if name.endswith("rotary_emb.inv_freq"):  # tables in old Llama files
+                continue
+            param = params.get(name)
+            is_first = missing.pop(param, None)
+            if param is None:
+                wrong = "is unknown to config.json's architecture"
+            elif tensor.shape != param.shape:
+                wrong = f"has shape {(*tensor.shape,)}, but config.json says {(*param.shape,)}"
+            elif tensor.dtype.itemsize < 2 or not tensor.isfinite().all():
+                wrong = f"holds quantised ({tensor.dtype}), infinite or NaN weights"
+            elif isinstance(param, DTensor):
+                tensor, param = part_of(tensor, param).to_local(), param.to_local()
+            if not (wrong or is_first or torch.equal(param, tensor.to(param))):
+                wrong = "is there twice, or differs from its tied twin"
+            if wrong:
+                raise InputError(f"{file}: tensor {key} {wrong}; give files that belong together"
+                                 f"{hint(path, key)}")
+            param.copy_(tensor)
+    if names := sorted(missing.values()):
+        raise InputError(f"{path}: {len(names)} tensors are missing, the first is {names[0]};"
                          f" give all model*.safetensors of the checkpoint{hint(path)}")
 
 

@@ -76,10 +76,8 @@ def text_of_ids(tokenizer):
 
 
 def encode_prompts(tokenizer, notes, questions, n_new, config):
-    """The ids of each question in the prompt, behind one BOS if the model knows one.
-
-    InputError where that and n_new tokens exceed the context, or an id exceeds the vocabulary.
-    """
+    """The ids of each question in the prompt, behind one BOS if the model knows one. InputError
+    where they, with n_new more tokens, do not fit the model."""
     texts, bos = [notes["prompt"].replace("{question}", q) for q in questions], notes["bos"]
     prompts = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
     prompts = [ids if ids[:1] == bos else bos + ids for ids in prompts]  # the text may hold it
@@ -114,16 +112,15 @@ class Row:
         several tokens, and `cot` and `answer` are decoded from all of them."""
         self.length += self.phase != DONE
         self.text += text
+        self.forced = self.forced[1:]
         if self.phase == COT:
             self.cot_len = self.length
             stopped = self.text.rstrip().endswith(STOP)
             if stopped or self.cot_len == self.notes["cot_len"]:
                 self.phase, self.truncated = FORCED, not stopped
-                self.forced = list(self.openings[self.truncated])  # the second one says STOP, too
-        elif self.phase == FORCED:
-            self.forced.pop(0)
-            if not self.forced:
-                self.phase, self.text = ANSWER, ""
+                self.forced = self.openings[self.truncated]  # the second one says STOP, too
+        elif self.phase == FORCED and not self.forced:
+            self.phase, self.text = ANSWER, ""
         elif self.phase == ANSWER:
             self.answer_len += 1
             if (read_box(self.text) is not None or token in self.notes["eos"]
@@ -149,11 +146,9 @@ class Rollout:
 
 
 def draw_tokens(probs, uniform):
-    """A token per row of probs (B, V), by inverting the cumulative sum at 1 - uniform (B,).
-
-    In two levels, a block of the vocabulary and then a token of it: a cumulative sum over all of V
-    would cost more than the softmax. No token of probability 0 is drawn.
-    """
+    """A token per row of probs (B, V), by inverting the cumulative sum at 1 - uniform (B,): first a
+    block, then a token of it, as a sum over all of V would cost more than the softmax. No token of
+    probability 0 is drawn."""
     blocks = probs.unflatten(-1, (-1, math.gcd(probs.shape[-1], 256)))  # (B, n, V / n)
     ends = blocks.sum(-1).cumsum(-1)  # (B, n)
     target = (1 - uniform)[:, None] * ends[:, -1:]  # above 0
@@ -173,7 +168,7 @@ class Decoder:
 
     def __init__(self, model, out, rows, room, mode, greedy, answer_greedy):
         self.model, self.out, self.rows, self.mode = model, out, rows, mode
-        self.cot_greedy, self.answer_greedy = greedy, answer_greedy
+        self.cot_greedy, self.argmax = greedy, (greedy or mode != "hard", answer_greedy)
         notes, like = rows[0].notes, model.embed_tokens.weight
         self.tau, self.noise_std = notes["temperature"][mode], notes["noise_scale"] * notes["rms"]
         n_normal = 0 if greedy or mode == "hard" else like.shape[1]
@@ -238,11 +233,9 @@ class Decoder:
         logits = model.logits(self.hidden)  # (B, V)
         plain = logits.softmax(-1)
         probs = plain if self.tau == 1 else (logits / self.taus[phase, None]).softmax(-1)  # eq. 3
-        shadow = self.cot_greedy or self.mode != "hard"
-        best = probs.argmax(-1) if shadow or self.answer_greedy else None
-        drawn = best if shadow and self.answer_greedy else draw_tokens(probs, self.noise[:, 0])
-        token = torch.where(in_cot, best if shadow else drawn,
-                            best if self.answer_greedy else drawn)
+        best = probs.argmax(-1) if any(self.argmax) else None
+        drawn = best if all(self.argmax) else draw_tokens(probs, self.noise[:, 0])
+        token = torch.where(in_cot, *[best if argmax else drawn for argmax in self.argmax])
         token = torch.where(phase == FORCED, forced, token)
         x = model.embed_tokens(token)  # eq. 4, (B, D)
         chosen, logp = self.chooser[phase], probs.gather(-1, token[:, None])[:, 0].log()
@@ -259,7 +252,7 @@ class Decoder:
 
         # The record, and the next hidden state
         out.tokens[at], out.chosen[at], out.entropy[at] = token, chosen, entropy
-        out.logp[at] = logp.masked_fill(chosen == NOBODY, 0)
+        out.tau[at], out.logp[at] = self.taus[phase], logp.masked_fill(chosen == NOBODY, 0)
         if out.thoughts is not None:
             out.thoughts[at] = x
         self.cache.columns = columns
@@ -276,21 +269,26 @@ class Recorded:
     """
 
     def __init__(self, step, on_gpu):
-        self.step, self.graphs = step, {}
-        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None  # one scratch memory for all
+        self.step, self.on_gpu = step, on_gpu
+        self.forget()
+
+    def forget(self):
+        """Drop all records, as tensors have moved. The next ones share a new scratch memory."""
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.on_gpu else None
 
     def __call__(self, key):
-        if self.pool is None or key not in self.graphs:
+        if not self.on_gpu or key not in self.graphs:
             self.graphs[key] = None
             return self.step(key)
         if self.graphs[key] is None:
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                     self.graphs[key] = graph, self.step(key)
             except RuntimeError as e:
                 print(f"decoding goes on without CUDA graphs: {e}", file=sys.stderr)
-                self.pool = None
+                torch.cuda.set_stream(stream)  # a capture that fails may leave its own
+                self.on_gpu = False
                 return self.step(key)
         graph, result = self.graphs[key]
         graph.replay()
@@ -300,7 +298,7 @@ class Recorded:
 @torch.no_grad()
 def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=None, greedy=False,
              answer_greedy=True, seed=(EVAL, 0), rows=None, batch=None, store_thoughts=False,
-             on_step=None, on_finish=None):
+             on_step=lambda *_: None, on_finish=lambda row: None):
     """Think and answer: n_samples rows for each of Q questions (strings). Returns a Rollout.
 
     mode           "hard", "soft" or "fuzzy"; greedy: argmax tokens, or thoughts without noise
@@ -310,7 +308,7 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
     rows           which rows, ascending (row = question n_samples + sample); default all
     batch          most rows alive at a time, others enter as these finish; default all at once
     on_step        called as on_step(rows, tokens, probs (B, V), inputs (B, D)) at every slot
-    on_finish      called with a list of Rows when these are done
+    on_finish      called with each Row when it is done
     Raises InputError for a prompt that does not fit the model's context.
     """
     notes, like = notes or model.notes, model.embed_tokens.weight
@@ -338,22 +336,17 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
             decoder.tell(noise)
             token, probs, x = step(min(room, -(-used // block) * block))
             tokens = token.tolist()  # here the host waits for the device
-            if on_step:
-                on_step(decoder.rows, tokens, probs, x)
+            on_step(decoder.rows, tokens, probs, x)
             for row, i in zip(decoder.rows, tokens):
                 row.take(i, text_of(i))
 
-        done = [row for row in decoder.rows if row.phase == DONE and row.cot is None]
-        for row in done:  # their texts, decoded from all of their ids, and their entropies
+        for row in [row for row in decoder.rows if row.phase == DONE and row.cot is None]:
             ids, n = out.tokens[row.place].tolist(), row.cot_len
             row.cot, row.entropy = tokenizer.decode(ids[:n]), out.entropy[row.place, :n].tolist()
             row.answer = read_box(tokenizer.decode(ids[n:row.length]).split("\\boxed{", 1)[-1])
-        if on_finish and done:
-            on_finish(done)
+            on_finish(row)
         if decoder.change(waiting):
-            step.graphs.clear()
-    cot_len = torch.tensor([row.cot_len for row in rows], device=device)
-    out.tau[torch.arange(N, device=device) < cot_len[:, None]] = decoder.tau
+            step.forget()
     return out
 
 
@@ -365,13 +358,16 @@ def load(path, dtype=torch.float32, device="cpu", prompt_file=None, prepare=None
     ids; "cuda_graphs". prepare: as in Transformer.from_pretrained. Raises InputError."""
     path = Path(path)
     model = Transformer.from_pretrained(path, dtype, device, prepare)
-    if device == "cpu" and model.config.hidden_size < 256:
+    where = model.embed_tokens.weight.device
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # CUDA graphs record what runs on the current one
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would plan anew for every shape
+    elif model.config.hidden_size < 256:
         torch.set_num_threads(1)  # more would wait for each other
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as e:  # the library raises bare Exceptions
-        raise InputError(f"{path}/tokenizer.json: {e}; give a checkpoint with a fast tokenizer"
-                         ) from None
+        raise InputError(f"{path}/tokenizer.json: {e}; give a fast tokenizer's") from None
     tokenizer.no_padding()  # transformers may have left these there
     tokenizer.no_truncation()
     generation, said, saved = (

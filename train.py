@@ -65,9 +65,8 @@ TINY_SFT = TINY | dict(prompts=64, samples=1, lr=4e-3, warmup=50)  # the tiny ba
 BASES = {"arithmetic": TINY_SFT | dict(steps=1200, eval_every=1200),
          "chains": TINY_SFT | dict(data="chains", steps=1600, eval_every=1600)}
 READS = {"arithmetic": ["arithmetic"], "chains": ["chains", "chains", "arithmetic"]}  # its texts
-COPIED = (".json", ".jinja", ".txt", ".model")  # the tokenizer's files and the like
-FREE = {"resume", "device", "micro_batch", "activation_checkpointing", "no_cuda_graphs"}  # flags
-# that --resume may change: they move the result by rounding only
+FREE = {"resume", "out", "device", "micro_batch", "activation_checkpointing", "no_cuda_graphs"}
+# flags that --resume may change: they move the result by rounding only
 
 
 # ---- The method: reward, advantage, and the log-probs of what was sampled
@@ -122,15 +121,14 @@ def questions_of_step(problems, step, n, seed):
 
 
 STATS = ("reward", "accuracy", "unparsed", "errors", "truncated", "cot_len", "entropy", "tokens")
-# of each row; it learns from the first
 
 
-def grade(rollout, golds, verifier):
+def grade(rollout, problems, verifier):
     """The STATS of every row, (r, len(STATS)) float64; of reference solutions "tokens" alone."""
-    stats = torch.zeros(len(golds), len(STATS), dtype=torch.float64)
+    stats = torch.zeros(len(problems), len(STATS), dtype=torch.float64)
     stats[:, -1] = (rollout.chosen != NOBODY).sum(1)
-    for i, (row, gold) in enumerate(zip(rollout.rows, golds)):
-        verdict = judge(row.answer, gold, verifier)
+    for i, (row, p) in enumerate(zip(rollout.rows, problems)):
+        verdict = judge(row.answer, p["answer"], verifier, p.get("error"))
         stats[i, :-1] = torch.tensor([
             reward(verdict, row), verdict == "correct", verdict == "unparsed", verdict == "error",
             row.truncated, row.cot_len, np.mean(row.entropy)])
@@ -173,11 +171,8 @@ def write_tiny_model(path, seed):
 
 
 def written_problems(n, data, seed):
-    """Training problems with solutions by writers who are careless.
-
-    So the base is able (it knows most facts) and undecided (it often writes like the careless):
-    that is where a pretrained language model stands too, and what RL can change within a minute.
-    """
+    """Training problems with solutions by careless writers. So the base is able, as it knows most
+    facts, and undecided, as it often writes like the careless: what RL can change in a minute."""
     rng, problems = random.Random(seed), []
     while len(problems) < n:
         problem = arithmetic_problem(rng, rng.choice(READS[data]), careful=False)
@@ -237,11 +232,11 @@ def join_ranks(args):
         backend, local = "nccl", int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
             raise InputError(f"--nproc_per_node: more than the {torch.cuda.device_count()} GPUs")
-        args.device = f"cuda:{local}" if "RANK" in os.environ else args.device
+        if "RANK" in os.environ or args.device == "cuda":
+            args.device = f"cuda:{local}"
         torch.cuda.set_device(args.device)
     if not dist.is_initialized():
-        dist.init_process_group(backend, **alone, timeout=timedelta(hours=1))  # the others wait
-        # that long for the one that writes checkpoints
+        dist.init_process_group(backend, **alone, timeout=timedelta(hours=1))  # for checkpoints
 
 
 def summed(values, device):
@@ -299,7 +294,7 @@ def save(out, model, optimizer, source, args, state, is_best):
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
     (new / "training").mkdir(parents=True)
     for file in source.iterdir():
-        if file.suffix in COPIED and ".index." not in file.name:
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and ".index." not in file.name:
             shutil.copyfile(file, new / file.name)
     try:
         model.save_pretrained(new, weights, args.dtype)
@@ -337,13 +332,12 @@ def restore(path, model, optimizer):
     for name, p in model.named_parameters() if saved else ():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             tensor = saved[f"{name}.{key}"].to(p.device)
-            optimizer.state[p][key] = tensor if key == "step" else part_of(tensor, p)
+            optimizer.state[p][key] = tensor if key == "step" else part_of(tensor, p).clone()
     return read_json(path / "training" / "state.json")
 
 
 def open_log(out, step):
-    """OUT/log.jsonl, cut before the given step, and open for the next lines; nobody else may have
-    it open, or two runs would write the same checkpoints."""
+    """OUT/log.jsonl, cut before the given step, open for more, and locked against other runs."""
     log = open(out / "log.jsonl", "a+")
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -425,9 +419,10 @@ def train(args, problems, val):
             say(f"validating on {len(val)} problems ...")
             validated[str(step)] = accuracy = validate(model, tokenizer, val, args)
             say(f"step {step}: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in accuracy.items()))
+        best = max(map(int, validated), key=lambda s: (validated[str(s)][own], s), default=None)
         if due or stop and step > state["step"]:
             state["step"] = step
-            save(out, model, optimizer, source, args, state, best_step(validated, own) == step)
+            save(out, model, optimizer, source, args, state, best == step)
         if stop or step == args.steps:
             break
         clock = time.perf_counter()
@@ -445,7 +440,7 @@ def train(args, problems, val):
 
         # 2. Reward (eq. 11): a line of figures for each row, from the rank that has it
         stats = torch.zeros(R, len(STATS), dtype=torch.float64)
-        stats[mine] = grade(rollout, [batch[i // G]["answer"] for i in mine], args.verifier)
+        stats[mine] = grade(rollout, [batch[i // G] for i in mine], args.verifier)
         stats = summed(stats, args.device)
         generate_s, clock = time.perf_counter() - clock, time.perf_counter()
 
@@ -455,8 +450,7 @@ def train(args, problems, val):
         else:
             weight = -rloo(stats[:, 0].view(-1, G)).flatten() / R
 
-        # 4. Log-prob, with gradients, of the rows that have an advantage, those of one question and
-        # of like length together; every rank takes part in the same number of passes
+        # 4. Log-prob, with gradients, of the rows with an advantage; as many passes on every rank
         todo = [[i for i in share if weight[i] != 0] for share in shares]
         rows = sorted(todo[rank], key=lambda i: (i // G, stats[i, -1]))
         n_passes, loss, deltas = max(-(-len(t) // args.micro_batch) for t in todo), 0.0, []
@@ -470,11 +464,9 @@ def train(args, problems, val):
 
         # 5. Update
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
-        grad_norm = 0.0  # if no group had two different rewards, there is nothing to learn
-        if n_passes:
-            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)).item()
-            if math.isfinite(grad_norm):
-                optimizer.step()
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)).item()
+        if math.isfinite(grad_norm):  # 0 where no group had two different rewards
+            optimizer.step()
         optimizer.zero_grad()
 
         # 6. Log
@@ -490,8 +482,7 @@ def train(args, problems, val):
                  "peak_gb": torch.cuda.max_memory_allocated() / 1e9}  # 0 without a GPU
         if rank == 0:
             line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # no NaN in JSON
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            print(json.dumps(line), file=log, flush=True)
         if not sft or time.perf_counter() - shown > 3 or step + 1 == args.steps:
             shown = time.perf_counter()
             say(f"step {step + 1}/{args.steps}  " + (
@@ -500,7 +491,20 @@ def train(args, problems, val):
                 f"{line['cot_len']:.0f} tokens  entropy {line['entropy']:.3f}")
                 + f"  {generate_s + train_s:.1f} s")
 
-    say_end(out, args, state, own)
+    # What was gained, and what to do next; OUT/summary.json tells that the run is complete
+    if str(args.steps) not in validated:
+        return say(f"Stopped at step {state['step']}; the same command with --resume goes on.")
+    base, final = validated["0"], validated[str(args.steps)]
+    if rank == 0:
+        write_json(out / "summary.json", {
+            "base": base, "final": final, "best": validated[str(best)], "best_step": best,
+            "validated": validated, "checkpoint": str(out / "best"), "steps": args.steps})
+    for name in base:
+        say(f"{name}: {100 * base[name]:.1f} % before, {100 * final[name]:.1f} % after")
+    if Path(args.model) != out / "init":  # a tiny base's own run is the first part of another
+        data = args.data if args.data in (*ARITHMETIC, "gsm8k") else out / "val.jsonl"
+        say(f"The best checkpoint, of step {best}, is in {out / 'best'}. Next:\n"
+            f"  python eval.py --model {out / 'best'} --data {data} --settings all")
 
 
 def say(text):
@@ -509,40 +513,14 @@ def say(text):
         print(text, flush=True)
 
 
-def best_step(validated, own):
-    """The step of the best validation so far, the later one of two; None before the first."""
-    return max(map(int, validated), key=lambda s: (validated[str(s)][own], s), default=None)
-
-
-def say_end(out, args, state, own):
-    """Say what was gained and what to do next; OUT/summary.json tells that the run is complete."""
-    if str(args.steps) not in state["validated"]:
-        return say(f"Stopped at step {state['step']}; the same command with --resume goes on.")
-    validated, best = state["validated"], best_step(state["validated"], own)
-    base, final = validated["0"], validated[str(args.steps)]
-    if dist.get_rank() == 0:
-        write_json(out / "summary.json", {
-            "base": base, "final": final, "best": validated[str(best)], "best_step": best,
-            "validated": validated, "checkpoint": str(out / "best"), "steps": args.steps})
-    for name in base:
-        say(f"{name}: {100 * base[name]:.1f} % before, {100 * final[name]:.1f} % after")
-    if Path(args.model) != out / "init":  # a tiny base's own run is the first part of another
-        has_test = args.data in (*ARITHMETIC, "gsm8k")  # besides what it is trained on
-        data = args.data if has_test else out / "val.jsonl"
-        say(f"The best checkpoint, of step {best}, is in {out / 'best'}. Next:\n"
-            f"  python eval.py --model {out / 'best'} --data {data} --settings all")
-
-
 def configure(args):
     """Fill in what no flag says: from the run in OUT with --resume, else from a preset. A flag with
     a default, like --seed, must be given to --resume again."""
     args.out = args.out or f"out/{args.mode}"
     last, best = Path(args.out) / "last", Path(args.out) / "best"
-    for path in (last, best):
-        old = path.with_suffix(".old")
-        if old.exists() and not path.exists():  # a kill came between two renames
-            with contextlib.suppress(FileNotFoundError):  # another rank may be faster
-                old.rename(path)
+    for path in (last, best):  # a kill may have come between two renames
+        with contextlib.suppress(OSError):  # it did not, or another rank was faster
+            path.with_suffix(".old").replace(path)
     if last.exists() and not args.resume:
         raise InputError(f"--out {args.out}: holds a run; add --resume to go on with it, or give "
                          "another --out")
@@ -552,15 +530,14 @@ def configure(args):
         preset = PAPER_SFT if args.model else BASES.get(args.data, BASES["arithmetic"])
     elif args.model:
         preset = PAPER
+    given = {flag: value for flag, value in vars(args).items() if value is not None}
     if args.resume:
-        preset = read_json(last / "training" / "args.json") | {"resume": True}
-        for flag in preset.keys() - FREE:
-            if getattr(args, flag, None) not in (None, preset[flag]):
-                raise InputError(f"--{flag} {getattr(args, flag)}: the run in {args.out} has "
+        preset = read_json(last / "training" / "args.json")
+        for flag in preset.keys() & given.keys() - FREE:
+            if given[flag] != preset[flag]:
+                raise InputError(f"--{flag} {given[flag]}: the run in {args.out} has "
                                  f"{preset[flag]}; resume it with that, or give another --out")
-    for flag, value in preset.items():
-        if getattr(args, flag, None) is None:
-            setattr(args, flag, value)
+    vars(args).update(preset | given)
     args.samples = 1 if args.mode == "sft" else args.samples  # one reference solution
     if args.samples == 1 and args.mode != "sft":
         raise InputError("--samples 1: RLOO compares the samples of a question; use 2 or more")
@@ -574,6 +551,7 @@ def configure(args):
 
 def main(args):
     configure(args)
+    judge("1", "1", args.verifier)  # is it installed?
     join_ranks(args)
     problems, val = load_data(args)  # what is wrong there is noticed before the long work
     if not args.model and args.mode != "sft":
@@ -608,5 +586,4 @@ if __name__ == "__main__":
     add("--keep", action="store_true", help="keep every checkpoint, as OUT/step-N")
     add("--resume", action="store_true", help="go on with the run in OUT, if there is one")
     parser.run(main)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()

@@ -284,7 +284,7 @@ def gradients(model, tokenizer, problems, mode, n_batches):
         batch = train.questions_of_step(problems, step, B, 0)
         rollout = generate(model, tokenizer, [p["question"] for p in batch], mode, G, answer_greedy=False,
                            store_thoughts=mode != "hard", seed=(TRAIN, 0, step))
-        rewards = train.grade(rollout, [batch[i // G]["answer"] for i in range(B * G)], "own")[:, 0].view(B, G)
+        rewards = train.grade(rollout, [batch[i // G] for i in range(B * G)], "own")[:, 0].view(B, G)
         weight = -train.rloo(rewards).flatten().float() / (B * G)
         rows = weight.nonzero()[:, 0]
         found.append(gradient(rollout, rows, weight[rows]))

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributions import Categorical, Normal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,13 @@ def random_model(seed=0, std=0.3, **changes):
     model = Transformer(Config.from_dict(raw | changes))
     model.init_weights(torch.Generator().manual_seed(seed), std=std)
     return model
+
+
+@pytest.fixture(autouse=True)
+def attention_in_the_layout_of_a_gpu(monkeypatch, attend=F.scaled_dot_product_attention):
+    """Its kernel for masks leaves (B, T, H, d) in memory, and calls it (B, H, T, d)."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: attend(
+        *args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2))
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def decode(args):
     recorded, source = Recorded(decoder.step, on_gpu), torch.zeros(2 ** 28, dtype=torch.uint8, device=args.device)
     for _ in range(3):  # runs, records, replays
         recorded(columns)
-    if not on_gpu or recorded.pool is None:
+    if not on_gpu or not recorded.on_gpu:
         print("CUDA graphs are not available: recorded is the same as eager")
     sides = (lambda: decoder.step(columns), lambda: recorded(columns), lambda: source.clone(),
              lambda: [probs @ table] + [F.linear(inputs[m.in_features], m.weight) for m in layers])

@@ -46,7 +46,7 @@ def test_usual_layouts_are_read(expected, row, tmp_path):
         problem = {"question": "Q\nA. a\nB. b\nC. c", "answer": "B", "solution": "", "stem": "Q", "choices": LIST}
     assert loaded(tmp_path, row) == loaded(tmp_path, row, name="d.json") == [problem]
     if expected and isinstance(row, dict):  # as in OlympiadBench
-        assert loaded(tmp_path, row | {"error": "1e-2"}) == [problem | {"tolerance": 0.01}]
+        assert loaded(tmp_path, row | {"error": "1e-2"}) == [problem | {"error": 0.01}]
 
 
 @pytest.mark.parametrize("rows", [

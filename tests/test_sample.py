@@ -222,7 +222,7 @@ def test_a_row_depends_on_its_seed_question_and_number_alone(mode, tiny):
     whole, finished = think(tiny, mode), []
     assert len({row.cot_len for row in whole.rows}) > 2
     for batch in (1, 5):  # rows enter as others finish
-        assert_same(think(tiny, mode, batch=batch, on_finish=finished.extend), whole)
+        assert_same(think(tiny, mode, batch=batch, on_finish=finished.append), whole)
     assert sorted(row.number for row in finished) == sorted([*range(12)] * 2)
     assert_same(think(tiny, mode, rows=[2, 3, 9]), whole, [2, 3, 9])
     assert_same(think(tiny, mode, n_samples=3, rows=[4, 9, 10], questions=["5*5"] + QUESTIONS[1:]), whole, [3, 6, 7])
@@ -313,6 +313,8 @@ def on_gpu(monkeypatch):
         return Recorded(step, True)
     monkeypatch.setattr(sample, "Recorded", recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, capture_error_mode: graph)
 

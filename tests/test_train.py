@@ -60,11 +60,27 @@ def test_reward_of_ones_own_changes_the_reward_alone(monkeypatch):
     rows = [Namespace(answer=a, truncated=False, cot_len=4, entropy=[1.0, 3.0], length=9)
             for a in ("5", "6", "\\frac{", None)]
     rollout = Namespace(rows=rows, chosen=torch.tensor([[1] * 9 + [0]] * 4))
-    before = train.grade(rollout, ["5"] * 4, "own")
+    before = train.grade(rollout, [{"answer": "5"}] * 4, "own")
     assert before.T[:4].tolist() == [[100, 10, 10, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
+    close = train.grade(rollout, [{"answer": "5", "error": 1.0}] * 4, "own")  # what a problem tolerates
+    assert close[:, 0].tolist() == [100, 100, 10, 0]
     monkeypatch.setattr(train, "reward", lambda verdict, row: 100 - row.length)
-    after = train.grade(rollout, ["5"] * 4, "own")
+    after = train.grade(rollout, [{"answer": "5"}] * 4, "own")
     assert after[:, 0].tolist() == [91] * 4 and torch.equal(after[:, 1:], before[:, 1:])
+
+
+@pytest.mark.parametrize("environment, device, own", [
+    ({}, "cuda", "cuda:0"), ({}, "cuda:1", "cuda:1"), ({"RANK": "9", "LOCAL_RANK": "1"}, "cuda", "cuda:1")])
+def test_each_process_computes_on_the_gpu_of_its_number(environment, device, own, monkeypatch):
+    args, chosen = Namespace(device=device), []
+    monkeypatch.delenv("RANK", raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)  # it refuses names without a number
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    train.join_ranks(args)
+    assert args.device == own and chosen == [own]
 
 
 def test_answers_that_are_all_alike_are_pointed_out(monkeypatch, capsys):
@@ -255,7 +271,7 @@ def assert_same(out, other, exact=True):
 def test_run_killed_at_any_moment_resumes_to_the_same_bits_and_log(uninterrupted, run, toy, tmp_path):
     """kill -9 before, between and after the renames, while files are written, linked or removed, and inside a step."""
     out, seen, screens = tmp_path / "out", set(), ""
-    for place, n in [*(("os.rename", n) for n in (1, 2, 3, 4, 5, 6, 5, 3)), ("os.sync", 1), ("os.sync", 4),
+    for place, n in [*(("os.rename", n) for n in (1, 2, 3, 4, 5, 6, 4, 2)), ("os.sync", 1), ("os.sync", 4),
                      ("os.link", 3), ("os.unlink", 5), ("torch.optim.AdamW.step", 1), ("torch.Tensor.backward", 2)]:
         status, said = run(toy(out, "--resume"), partial(signal_at, place, n, signal.SIGKILL))
         names = {p.name for p in out.iterdir()}

@@ -26,7 +26,7 @@ RIGHT = pairs(r"""
 \left[\begin{matrix} 1 & 2 \\ 3 & 4 \end{matrix}\right] ~ \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ;;
 \begin{bmatrix} 1 & 2 \\[4pt] 3 & 4 \end{bmatrix} ~ \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ;;
 (\text{C}) ~ \text{(C)} ;; C) ~ \text{(C)} ;; 42 ~ \boxed{42} ;; \boxed{42} ~ 42 ;; sqrt(2) ~ \sqrt{2} ;;
-1e-07 ~ 0.0000001 ;; \frac{\sqrt6}3 ~ \frac{\sqrt{6}}{3} ;; {9 \over 7} ~ \frac{9}{7} ;;
+1e-07 ~ 0.0000001 ;; 1.5e3 ~ 1500 ;; \frac{\sqrt6}3 ~ \frac{\sqrt{6}}{3} ;; {9 \over 7} ~ \frac{9}{7} ;;
 \{1\pm\sqrt5,-2\} ~ \{1+\sqrt{5},1-\sqrt5,-2\} ;; 5 million ~ 5 million ;; 40 cents ~ 40 ;;
 2\text{ hours }45\text{ minutes} ~ 2 hours 45 minutes ;; \frac{\sqrt{6}}{3} ~ \sqrt{\frac23} ;; |x-5| ~ |5-x| ;;
 10x\sqrt{21x} ~ 10 x \sqrt{21 x} ;; 3i, -3i ~ -3i,3i ;; 17\% ~ 17 ;; 12\sqrt{3} ~ AB=12\sqrt3 ;; 12/5 ~ 2.4 ;;
@@ -42,7 +42,8 @@ x\not=5 ~ 5 ;; |x|=5 ~ 5 ;; \sqrt{x}=5 ~ 5 ;; /=5 ~ 2\pi ;; 2\pi # and more ~ 2\
 111, \! 111, \! 111 ~ 111 ;; 1, 1, 2 ~ 1, 2 ;; 3+4 ~ 7 ;; \sqrt{25} ~ 5 ;; -x=5 ~ 5 ;; x \ne 5 ~ 5 ;; \pm 5 ~ 5 ;;
 5% ~ 0.5 ;; 5,5 ~ 5.5 ;; 1,23 ~ 123 ;; 5 apples and 6 pears ~ 5 ;; five ~ 5 ;; 1,2 ~ (1,2) ;; (1,2) ~ (2,1) ;;
 AB=4, CD=9 ~ AB=9, CD=4 ;; Monday ~ Friday ;; 123456789012345\pi ~ 123456789012346\pi ;; 10^{20}\pi+1 ~ 10^{20}\pi ;;
-2^{2008} ~ 2^{2008}-2 ;; 3.14 ~ \pi ;; 0.333333 ~ \frac{1}{4} ;; ~ 5 ;; \boxed{} ~ 5 ;; f(x-4) ~ f(4-x) ;; y=5 ~ x=5 ;;
+2^{2008} ~ 2^{2008}-2 ;; on ~ no ;; 2e3.5 ~ 7e ;; 2e1234 ~ 2468e ;; 3.14 ~ \pi ;;
+0.333333 ~ \frac{1}{4} ;; ~ 5 ;; \boxed{} ~ 5 ;; f(x-4) ~ f(4-x) ;; y=5 ~ x=5 ;;
 (y-2x-3)^2=0 ~ y=2x+3 ;; \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ~ \begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix} ;;
 5 m ~ 5 s ;; 90^\circ ~ 90 rad ;; \frac{0}{0} ~ 5 ;; ٣ ~ 3 ;; 5\text{6} ~ 5 ;; x^2-16=0 ~ x=4 ;; x = 4 or x = -4 ~ 4 ;;
 \ln(x^2) ~ 2\ln x ;; 1.9999999 ~ 2 ;; 0.1234567 ~ 0.12345674 ;; \{1\}\{2\} ~ \{1,2\} ;; a=2, b=1 ~ a=1, b=2 ;;
@@ -106,14 +107,12 @@ def test_math_verify_agrees_where_it_is_installed():
                 assert judge(text, f"{x}") == judge(text, f"{x}", "math-verify"), (text, x)
 
 
-def test_verdicts_need_neither_the_main_thread_nor_an_alarm(monkeypatch):
+def test_verdicts_do_not_need_the_main_thread():
     verdicts = []
     thread = threading.Thread(target=lambda: verdicts.append([judge(text, "0.5") for text in ("1/2", "2")]))
     thread.start()
     thread.join()
-    monkeypatch.delattr(signal, "SIGALRM")
-    verdicts.append([judge(text, "0.5") for text in ("1/2", "2")])
-    assert verdicts == [["correct", "wrong"]] * 2
+    assert verdicts == [["correct", "wrong"]]
 
 
 def test_time_limits_nest_and_judging_has_one(monkeypatch):
