@@ -39,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import InputError, write_json
-from sample import (EVAL, MODES, SETTINGS, STOP, Parser, dtype_of, encode_behind, encode_prompts,
+from sample import (EVAL, MODES, SETTINGS, STOP, Parser, dtype_of, encode_after, encode_prompts,
                     generate, load, notes_with, positive, read_box)
 
 # ---- Tasks -----------------------------------------------------------
@@ -158,7 +158,7 @@ def choice_problem(stem, choices, gold):
 
 def load_problems(data, split, n=512):
     """The problems of a task or of a file. split: "train", "val" or "test"; a task without such a
-    file has another for it. n: how many problems of arithmetic, whose splits are disjoint."""
+    file uses another. n: how many problems of arithmetic, whose splits are disjoint."""
     if data in ARITHMETIC:
         if n > 8192:  # with more than a split has, this would never end
             raise InputError(f"--limit or --val_size {n}: {data} has 8192 problems; use fewer")
@@ -216,7 +216,7 @@ def arithmetic_problem(rng, task="arithmetic", careful=True):
 
 
 def worked_text(problem):
-    """A reference solution in the form that the prompt asks for, which mode sft imitates."""
+    """A reference solution in the form that the prompt asks for, for mode sft to imitate."""
     return f" {problem['solution']} {STOP} \\boxed{{{problem['answer']}}}."
 
 
@@ -270,7 +270,7 @@ SPELLINGS = (  # what changes the look and not the value, in the order of rewrit
 
 
 def depths(text):
-    """The number of open brackets, before the first character and behind every one."""
+    """The number of open brackets, before the first character and after every one."""
     return list(itertools.accumulate(((c in "([{") - (c in ")]}") for c in text), initial=0))
 
 
@@ -298,7 +298,7 @@ WITH_UNIT = re.compile(rf"(.*?(?:[\d.)}}]|\\pi))( ?)({UNIT}(?:/{UNIT})?)", re.A)
 
 
 def split_unit(text):
-    """("5", "cm^2") of "5 cm^2"; only a known unit is one, else it is "" and the text whole."""
+    """"5 cm^2" as ("5", "cm^2"); without a known unit, the whole text and ""."""
     m = WITH_UNIT.fullmatch(text)
     if not m or re.fullmatch("[a-zA-Z]", m[3]) and not (m[2] and PLAIN.fullmatch(m[1])):
         return text, ""  # "5 m" has a unit, but "5m" is a product
@@ -314,8 +314,8 @@ TO_PYTHON = (  # from the innermost braces outwards
 
 
 def parse(text, leaves):
-    """The syntax tree of an expression. Its n-th number or letter goes to leaves, and is called vn
-    there."""
+    """The syntax tree of an expression, which calls its n-th number or letter vn; leaves, a list,
+    gets these."""
     if PLAIN.fullmatch(text):
         text = re.sub(r"^(-?)(\d+) ?((?<= )\d+/\d+|\\frac.*)$", r"\1(\2+\3)", text)
     letter = r"(?!(?<=[\d.])e\d{1,3}(?![\d.]))[A-Za-z)}]"  # not the e of 1e3
@@ -344,7 +344,7 @@ def compute(tree, names):
 
 
 def values(*texts):
-    """The expressions' values at random points where they all have one."""
+    """The expressions' values at random points where all are defined."""
     leaves, found, dice = [], [], random.Random(0)
     trees = [parse(text, leaves) for text in texts]
     for _ in range(12):
@@ -381,7 +381,7 @@ def members(text):
 
 
 def same_parts(a, b, tolerance, places=None):
-    """Whether the texts of a equal those of b in some order; one by one if places is 1."""
+    """Whether the texts of a equal those of b in some order; in the same one if places is 1."""
     if len(a) != len(b) or not a or len(a) > MAX_ITEMS:
         return len(a) == len(b) == 0
     for k, y in enumerate(b[:places]):
@@ -490,7 +490,7 @@ def pass_at_k(n, c, k):
 
 
 def bootstrap(values):
-    """95 % percentile interval [low, high] of the mean of values (P,), drawn again 2000 times."""
+    """95 % percentile interval [low, high] of the mean of values (P,), by 2000 resamples."""
     drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
     return np.percentile(drawn.mean(1), [2.5, 97.5]).tolist()
 
@@ -553,9 +553,9 @@ def evaluate(model, tokenizer, problems, setting, n_samples=1, *, notes=None, ba
 
 @torch.no_grad()
 def text_log_probs(model, tokenizer, notes, question, texts):
-    """The log-prob in nats per token of each of B texts behind a question's prompt."""
+    """The log-prob in nats per token of each of B texts after a question's prompt."""
     device = model.embed_tokens.weight.device
-    texts = [torch.tensor(encode_behind(tokenizer, text), device=device) for text in texts]
+    texts = [torch.tensor(encode_after(tokenizer, text), device=device) for text in texts]
     prompt = encode_prompts(tokenizer, notes, [question], max(map(len, texts)), model.config)
     last, cache = model.prefill(prompt)  # (1, D)
     of_text = torch.zeros(len(texts), dtype=torch.int64, device=device)
@@ -567,8 +567,8 @@ def text_log_probs(model, tokenizer, notes, question, texts):
 def likelihoods(model, tokenizer, problems, *, notes=None, done=(), record=lambda sample: None,
                 progress=False):
     """Likelihoods, a dict for each problem with a solution or choices: "nll" in nats per token of
-    the solution behind its prompt; or of the right choice behind the stem, with "letter_nll" of
-    its letter behind the list, and whether each is likelier than the others."""
+    the solution after its prompt; or of the right choice after the stem, with "letter_nll" of
+    its letter after the list, and whether each is the likeliest."""
     results, notes = {s["problem"]: s for s in done}, notes or model.notes
     plain, log_probs = notes | {"prompt": "{question}"}, partial(text_log_probs, model, tokenizer)
     for i, p in enumerate(tqdm(problems, disable=None if progress else True, leave=False)):
@@ -591,7 +591,7 @@ def likelihoods(model, tokenizer, problems, *, notes=None, done=(), record=lambd
 # ---- The command line, and the record from which every figure can be computed again
 
 class Record:
-    """OUT.jsonl, locked: a line that says what is run, and a line per sample. samples: those of an
+    """OUT.jsonl, locked: one line of settings, then one line per sample. samples: those of an
     interrupted run, {(task, setting): [sample]}."""
 
     def __init__(self, path, run):
@@ -645,7 +645,7 @@ def main(args):
         notes = notes | {"cot_len": 512, "answer_len": 32}
     for mode in MODES:
         notes = notes_with(notes, args, mode)
-    print(f"budgets: {notes['cot_len']} tokens of thought, {notes['answer_len']} of answer")
+    print(f"{dtype_of(args)}, {notes['cot_len']} tokens of thought, {notes['answer_len']} of answer")
     for problems in tasks.values():  # what does not fit is noticed before the long work
         check_vocabulary(tokenizer, problems)
         n_new = 0 if "stem" in problems[0] else notes["cot_len"] + notes["answer_len"]

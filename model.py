@@ -7,9 +7,9 @@ A Llama / Qwen2 / Qwen3 transformer, its KV cache, its checkpoints, and the log-
     thought = model.mixture(logits.softmax(-1))  # p E, before any noise: (B, T, D) float32
 
 Equation numbers are those of "Soft Tokens, Hard Truths" (arXiv 2509.19170).
-Dimensions: Q prompts, P their positions, B rows, T new positions, S positions so far, N scored
-slots, V vocabulary, D width, H heads, d width of a head. Parameters are named as in a Hugging Face
-checkpoint, less the prefix "model.".
+Dimensions: Q prompts, P their positions, B rows, T new positions, N scored slots, V vocabulary,
+D width, H heads, H_kv heads of keys and values, d width of a head. Parameters are named as in a
+Hugging Face checkpoint, less the prefix "model.".
 """
 import json
 import math
@@ -55,7 +55,7 @@ class Config:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int = None    # fewer than query heads: several of these share one
+    num_key_value_heads: int = None    # several query heads share each of them
     head_dim: int = None
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
@@ -94,7 +94,7 @@ class Config:
 def rope_frequencies(c):
     """Angle per position of each rotated pair of coordinates: (d / 2,) float32.
 
-    "linear" slows every angle by `factor`; "llama3" slows the waves that are longer than the
+    "linear" divides every angle by `factor`; "llama3" does so for waves that are longer than the
     original context, keeps those that are much shorter, and interpolates between them.
     """
     rope = c.rope
@@ -118,11 +118,11 @@ class Prompts:
     """Keys and values of Q prompts: each is run once for all the rows that continue it.
 
         prompts = Prompts(length)         # (Q,) int64
-        model(ids, prompts)               # (Q, P), padded at the right, where nobody will look
-        model(x, prompts.before(of_row))  # (B, T): T positions of B rows, row b behind of_row[b]
+        model(ids, prompts)               # (Q, P), padded at the right; padding is never read
+        model(x, prompts.before(of_row))  # (B, T): B rows go on, row b after prompt of_row[b]
 
-    Without of_row a pass is plain and causal, and is stored in kv, {layer: (keys, values)}, each
-    (Q, H_kv, P, d). With of_row a pass goes on behind that. Gradients flow through both.
+    Without of_row, a pass is causal and fills kv, {layer: (keys, values)}, each (Q, H_kv, P, d).
+    With of_row, a pass goes on from there. Gradients flow through both.
     """
 
     def __init__(self, length=None, of_row=None, kv=None):
@@ -160,11 +160,11 @@ class KVCache:
     """Keys and values of B rows that grow by one position at a time, the t-th in column t.
 
         cache = KVCache(model, B, room)     # room: how many positions a row may have
-        cache.enter(rows, prompts, of_row)  # rows (n,) begin anew, row rows[i] behind of_row[i]
+        cache.enter(rows, prompts, of_row)  # row rows[i] begins anew, after prompt of_row[i]
         model(x, cache)                     # (B, 1, D)
 
-    A pass waits for nothing, moves nothing and changes no shape: a CUDA graph can replay it.
-    `last` (B,) is each row's newest position; a pass reads the first `columns` columns alone.
+    A pass never waits for the device, moves a tensor or changes a shape: a CUDA graph can replay
+    it. `last` (B,) is each row's newest position; a pass reads only the first `columns` columns.
     """
 
     def __init__(self, model, B, room):
@@ -187,7 +187,7 @@ class KVCache:
 
     def prepare(self, _):
         """Begin a pass of T = 1 position of each row. Returns where they stand, (B, 1)."""
-        self.last.add_(1).clamp_(max=len(self.column) - 1)  # rows that are done go on at the end
+        self.last.add_(1).clamp_(max=len(self.column) - 1)  # rows that are done stay at the end
         later = self.column[:self.columns] > self.last[:, None, None, None]  # (B, 1, 1, columns)
         self.bias = self.kv[0][0].new_zeros(later.shape).masked_fill_(later, -math.inf)
         return self.last[:, None]
@@ -286,10 +286,10 @@ class Transformer(nn.Module):
                 p.fill_(1.0 if "norm" in name else 0.0)
 
     def forward(self, x, cache=None):
-        """Hidden states after the final norm. Called by name from within, it runs without hooks.
+        """Hidden states after the final norm. Called as self.forward, it runs without hooks.
 
         x       (B, T) int64 token ids, or (B, T, D) input embeddings in the model's dtype
-        cache   Prompts or KVCache: what comes before x, and takes x in; None: nothing does
+        cache   Prompts or KVCache: what comes before x; it stores x, too. None: nothing does
         returns (B, T, D) in the model's dtype
         """
         h = x if x.is_floating_point() else self.embed_tokens(x)
@@ -309,7 +309,7 @@ class Transformer(nn.Module):
         return self.norm(h)
 
     def prefill(self, prompts):
-        """Run Q prompts, lists of ids: hidden (Q, D) behind the last token of each, and Prompts."""
+        """Run Q prompts, lists of ids: hidden (Q, D) at the last token of each, and Prompts."""
         ids = pad_sequence([*map(torch.tensor, prompts)], batch_first=True)  # (Q, P)
         length = torch.tensor([*map(len, prompts)], device=self.embed_tokens.weight.device)
         cache = Prompts(length)
@@ -332,9 +332,9 @@ class Transformer(nn.Module):
 
         prompts     Q lists of ids; each is run once for all the rows that continue it
         of_row      (B,) int64: the prompt of each row
-        tokens      (B, N) int64: what follows the prompt, padded at the right with anything
+        tokens      (B, N) int64: what follows the prompt, with any padding at the right
         thoughts    (B, N, D): the noisy embeddings that were fed where is_thought (B, N); or None
-        weight      (B, N) float32: d loss / d log pi of each action; 0 where nobody chose
+        weight      (B, N) float32: d loss / d log pi of each action; 0 for forced words
         tau         (B, N) float32: the temperature that each action was drawn at
         noise_std   sigma of eq. 6, per coordinate
         returns     loss = sum(weight * logp), with gradients; logp (B, N), 0 where weight is 0
@@ -344,7 +344,7 @@ class Transformer(nn.Module):
         if thoughts is not None:  # stored actions are constants: no backprop through time (eq. 10)
             x = torch.where(is_thought[..., None], thoughts, x)
         inner = self.forward(x[:, :-1], cache.before(of_row))
-        hidden = torch.cat((last[of_row, None], inner), 1)  # (B, N, D): what chooses each slot
+        hidden = torch.cat((last[of_row, None], inner), 1)  # (B, N, D): predicts each slot
 
         loss, logp = 0.0, torch.zeros_like(weight)
         for action, chosen in ((tokens, ~is_thought), (thoughts, is_thought)):
@@ -361,7 +361,7 @@ class Transformer(nn.Module):
         """Load a Hugging Face directory: config.json and model.safetensors, in one file or several.
 
         prepare(model) may shard the model by FSDP before any weight exists: each rank then holds
-        its own part alone. Raises InputError, naming the key, tensor or file at fault.
+        only its own part. Raises InputError, naming the key, tensor or file at fault.
         """
         file = Path(path) / "config.json"
         raw = read_json(file)
@@ -374,14 +374,14 @@ class Transformer(nn.Module):
         if prepare:
             prepare(model)
         model.to_empty(device=device)
-        if model.config.tie_word_embeddings:  # to_empty has given each of the two its own
+        if model.config.tie_word_embeddings:  # to_empty has untied them
             model.lm_head.weight = model.embed_tokens.weight
         read_weights(model, Path(path))
         return model
 
     def save_pretrained(self, path, state=None, dtype="float32"):
         """Write config.json and model.safetensors as transformers and vLLM read them. state: {name:
-        tensor}, whole where FSDP holds shards, default the model's own; dtype: of deployment."""
+        whole tensor}, default the model's own; dtype: for config.json, no tensor is converted."""
         state = {name if name == "lm_head.weight" else f"model.{name}": w.detach().contiguous()
                  for name, w in (state or dict(self.named_parameters())).items()}
         path = Path(path)
@@ -394,7 +394,7 @@ class Transformer(nn.Module):
 
 # ---- Reading weights -------------------------------------------------
 
-HINTS = {  # parts of the names of files and tensors that people have instead of a checkpoint
+HINTS = {  # parts of names of files or tensors that show what people have instead of a checkpoint
     "adapter_config": "it is an adapter; merge it into its base model", "lora_": "it is an adapter",
     "snapshots": "it is the root of a hub cache; give a directory in its snapshots/",
     "best": "it is a run of train.py; give its best/", ".gguf": "give safetensors, not GGUF",
@@ -404,22 +404,22 @@ HINTS = {  # parts of the names of files and tensors that people have instead of
 
 
 def hint(path, key=""):
-    """What a tensor's key, or else the names in a directory without weights, tell of a mistake:
-    "; ..." or ""."""
+    """A hint about a mistake, "; ..." or "", from a tensor's key, or else from the file names in a
+    directory without weights."""
     has_weights = any(path.glob("model*.safetensors"))  # then pytorch_model.bin is only a copy
     names = key or " ".join(file.name for file in path.glob("*") if not has_weights)
     return next((f"; {text}" for part, text in HINTS.items() if part in names), "")
 
 
 def whole(tensor):
-    """A tensor whole; one that FSDP shards is gathered, and all ranks must call this together."""
+    """The whole of a tensor; if FSDP shards it, it is gathered, and all ranks must call this."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.full_tensor() if tensor.device_mesh.size() > 1 else tensor.to_local()  # no copy
 
 
 def part_of(tensor, param):
-    """A whole tensor, which every rank has, in the form of a parameter: this rank's share of it."""
+    """This rank's share of a whole tensor that every rank has, sharded like the parameter."""
     if not isinstance(param, DTensor):
         return tensor
     return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
@@ -472,16 +472,16 @@ def log_density(thought, mean, noise_std):
 class WeightedLogProb(torch.autograd.Function):
     """sum_n weight_n log pi(action_n | hidden_n) and every log pi, never holding an (N, V) tensor.
 
-    A policy gradient knows the weight of every log-prob beforehand: it is minus the advantage. So
-    each chunk of slots forms its gradients while its softmax is at hand, instead of computing the
-    softmax again in the backward pass. With z = h W^T / tau and p = softmax(z) (eq. 3):
+    A policy gradient knows the weight of every log-prob beforehand, from the advantages. So each
+    chunk of slots computes its gradients while it has its softmax, instead of computing that again
+    in the backward pass. With z = h W^T / tau and p = softmax(z) (eq. 3):
 
       token a:    log pi = z_a - logsumexp(z)                         d/dz = onehot(a) - p
       thought a:  log pi = -|a - p E|^2 / (2 sigma^2) + const  (eq. 10)
                   with r = (a - p E) / sigma^2:
                   d/dE = p^T r,   d/dp = r E^T,   d/dz = p * (d/dp - sum(p * d/dp))
     """
-    CHUNK_BYTES = 2 ** 28  # of one (n, V) float32 tensor; about four of them live at a time
+    CHUNK_BYTES = 2 ** 28  # of one (n, V) float32 tensor; about four exist at a time
 
     @staticmethod
     def forward(ctx, hidden, lm_head, embed, action, weight, tau, noise_std):

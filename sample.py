@@ -12,8 +12,8 @@ or, in Python:
     print(row.cot, row.answer)
 
 A row thinks (COT), is given the words that open the box (FORCED), answers (ANSWER), and is DONE.
-Every slot records who chose it: a sampled token, a noisy embedding, or nobody (forced words). That
-record travels to the loss, so that what is scored is what was sampled.
+Every slot records who chose it: a sampled token, a noisy embedding, or nobody (forced words). The
+loss reads this record, so that what is scored is what was sampled.
 Dimensions: B live rows, R all rows, Q questions, N slots of a row, V vocabulary, D width.
 """
 import argparse
@@ -46,7 +46,7 @@ NOTES = {  # how a model thinks, if its soft_tokens.json says nothing else
 COT, FORCED, ANSWER, DONE = range(4)  # the phases of a row, in the order it passes through them
 NOBODY, TOKEN, THOUGHT = range(3)  # who chose a slot: forced words or padding; a token; a mixture
 EVAL, TRAIN = 1, 2  # a seed's first number: they draw from different streams
-ROUND = 8  # slots between two looks at who has finished and who may enter
+ROUND = 8  # slots between two looks at which rows have finished and which may enter
 
 
 # ---- Text ------------------------------------------------------------
@@ -61,14 +61,14 @@ def read_box(text):
     return None
 
 
-def encode_behind(tokenizer, text):
-    """The ids of text as it stands behind other text: alone it may get a space of its own."""
+def encode_after(tokenizer, text):
+    """The ids of a text that follows other text; at the beginning it may get an extra space."""
     anchor, both = (tokenizer.encode(t, add_special_tokens=False).ids for t in (":", f":{text}"))
     return both[len(anchor):]
 
 
 def text_of_ids(tokenizer):
-    """A function from an id to the text that it adds behind other text."""
+    """A function from an id to the text that it adds to other text."""
     anchor = tokenizer.encode("a", add_special_tokens=False).ids[0]  # some decoders strip one space
     skip = len(tokenizer.decode([anchor], skip_special_tokens=False))
     return functools.cache(
@@ -76,7 +76,7 @@ def text_of_ids(tokenizer):
 
 
 def encode_prompts(tokenizer, notes, questions, n_new, config):
-    """The ids of each question in the prompt, behind one BOS if the model knows one. InputError
+    """The ids of each question in the prompt, after one BOS if the model knows one. InputError
     where they, with n_new more tokens, do not fit the model."""
     texts, bos = [notes["prompt"].replace("{question}", q) for q in questions], notes["bos"]
     prompts = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -108,8 +108,8 @@ class Row:
         self.cot = self.answer = self.entropy = None  # filled in when the row is done
 
     def take(self, token, text):
-        """Read a slot's token. Its text only serves the conditions: a character may be spread over
-        several tokens, and `cot` and `answer` are decoded from all of them."""
+        """Read a slot's token. Its text only serves to see where a part ends: a character may span
+        several tokens, so `cot` and `answer` are decoded from all ids at the end."""
         self.length += self.phase != DONE
         self.text += text
         self.forced = self.forced[1:]
@@ -133,14 +133,14 @@ class Row:
 @dataclass
 class Rollout:
     """R generated rows of N slots, unused ones at the end. Slot 0 follows the prompt. A row that is
-    done goes on writing into its first unused slot, which nobody reads."""
+    done keeps writing into its first unused slot, which is never read."""
     prompts: list           # Q lists of ids
     of_row: torch.Tensor    # (R,) int64: the prompt of each row
-    tokens: torch.Tensor    # (R, N) int64; where a thought was fed its shadow, the argmax of p
+    tokens: torch.Tensor    # (R, N) int64; for a thought its shadow, the argmax of p
     thoughts: torch.Tensor  # (R, N, D): the embeddings that were fed, in the model's dtype; or None
     chosen: torch.Tensor    # (R, N) int64: NOBODY, TOKEN or THOUGHT
     tau: torch.Tensor       # (R, N) float32: the temperature that the slot was drawn at
-    logp: torch.Tensor      # (R, N) float32, nats: of the action when it was drawn; 0 if none was
+    logp: torch.Tensor      # (R, N) float32, nats: of the action when it was drawn; 0 if forced
     entropy: torch.Tensor   # (R, N) float32, nats: of softmax(logits), at temperature 1
     rows: list              # R Rows: their texts and lengths
 
@@ -162,8 +162,8 @@ def draw_tokens(probs, uniform):
 class Decoder:
     """B rows on the device, and the step that moves all of them on by one slot.
 
-    A step reads and changes tensors that only change() moves, and neither waits for the device nor
-    makes a shape depend on data. So a CUDA graph can record it.
+    A step uses tensors that only change() moves, never waits for the device, and has no shape that
+    depends on data. So a CUDA graph can record it.
     """
 
     def __init__(self, model, out, rows, room, mode, greedy, answer_greedy):
@@ -182,7 +182,7 @@ class Decoder:
         self.enter(range(len(rows)))
 
     def enter(self, places):
-        """The rows at these places begin, each behind its prompt, which is run once for them."""
+        """The rows at these places begin, each after its prompt, which is run once for them."""
         places, question = torch.tensor(
             [[i, self.rows[i].question] for i in places], device=self.live.device).T
         asked, of_row = question.unique(return_inverse=True)
@@ -191,8 +191,8 @@ class Decoder:
         self.cache.enter(places, prompts, of_row)
 
     def change(self, waiting):
-        """Let waiting rows (a list) enter in the places of those that are done, some at a time so
-        that prompts run together; or, if none waits, drop these. Whether tensors have moved."""
+        """Put waiting rows (a list) in the places of rows that are done, several at once so that
+        prompts run together; if none waits, drop those. Returns whether tensors have moved."""
         free, n = [i for i, row in enumerate(self.rows) if row.phase == DONE], len(self.rows)
         if waiting and len(free) >= min(n / 8, len(waiting)):
             for i in (places := free[:len(waiting)]):
@@ -209,7 +209,7 @@ class Decoder:
         return False
 
     def draw(self):
-        """The noise of a round, (ROUND, B, 1 + D), of each row from its own stream: so batches,
+        """The noise of a round, (ROUND, B, 1 + D). Each row has a stream of its own, so batches,
         ranks and neighbours change nothing."""
         size, device = (ROUND, self.noise.shape[1] - 1), self.live.device
         return torch.stack([torch.cat((
@@ -240,7 +240,7 @@ class Decoder:
         x = model.embed_tokens(token)  # eq. 4, (B, D)
         chosen, logp = self.chooser[phase], probs.gather(-1, token[:, None])[:, 0].log()
         z, p = (t.gather(-1, token[:, None])[:, 0] for t in (logits, plain))
-        entropy = z - p.log() - torch.linalg.vecdot(plain, logits)  # where p is 0, nobody reads it
+        entropy = z - p.log() - torch.linalg.vecdot(plain, logits)  # inf where p is 0: never read
 
         # In its place a thought: the mean embedding, and noise
         if self.mode != "hard":
@@ -264,8 +264,8 @@ class Recorded:
     """A step that is run again and again: on a GPU one launch of a CUDA graph, not a thousand.
 
     A graph is a list of kernels with the addresses that they read and write. So nothing may move,
-    no shape may change, and noise must be drawn outside. For each argument the first call runs as
-    it is; the second is recorded; it and the later ones replay the record.
+    no shape may change, and noise must be drawn outside. For each argument, the first call runs
+    plainly, the second is recorded, and this and all later ones replay the record.
     """
 
     def __init__(self, step, on_gpu):
@@ -304,16 +304,16 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
     mode           "hard", "soft" or "fuzzy"; greedy: argmax tokens, or thoughts without noise
     answer_greedy  False in training, where answers are samples at temperature 1 (eq. 8)
     notes          the prompt, budgets, temperatures and noise, as in load(); default the model's
-    seed           whole numbers; a row depends on them, its question's number and its own alone
+    seed           whole numbers; a row depends only on them, its question's number and its own
     rows           which rows, ascending (row = question n_samples + sample); default all
-    batch          most rows alive at a time, others enter as these finish; default all at once
+    batch          most rows at a time, others enter as these finish; default all at once
     on_step        called as on_step(rows, tokens, probs (B, V), inputs (B, D)) at every slot
     on_finish      called with each Row when it is done
     Raises InputError for a prompt that does not fit the model's context.
     """
     notes, like = notes or model.notes, model.embed_tokens.weight
     device, on_gpu = like.device, like.device.type == "cuda"
-    openings = [encode_behind(tokenizer, words) for words in OPENINGS]
+    openings = [encode_after(tokenizer, words) for words in OPENINGS]
     N = notes["cot_len"] + max(map(len, openings)) + notes["answer_len"] + 1
     prompts = encode_prompts(tokenizer, notes, questions, N, model.config)
     numbers = range(len(questions) * n_samples) if rows is None else rows
@@ -324,7 +324,7 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
         like.new_zeros(*zeros.shape, like.shape[1]) if store_thoughts else None, zeros.long(),
         zeros + 1, zeros.clone(), zeros + math.nan, rows)
 
-    block = 256 if on_gpu else 8  # the cache is read so many columns wider at a time
+    block = 256 if on_gpu else 8  # the cache is read in blocks of so many columns
     room = -(-(max(map(len, prompts)) + N) // block) * block
     text_of, batch = text_of_ids(tokenizer), batch or len(rows)
     waiting = rows[batch:]
@@ -353,8 +353,8 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
 # ---- Loading, and the command line -----------------------------------
 
 def load(path, dtype=torch.float32, device="cpu", prompt_file=None, prepare=None):
-    """A checkpoint directory as (model, tokenizer). How it thinks is in model.notes: NOTES, as its
-    soft_tokens.json changes them; "rms" of the base model's embeddings; "bos" and "eos", lists of
+    """A checkpoint directory as (model, tokenizer). model.notes says how it thinks: NOTES, changed
+    by its soft_tokens.json; "rms" of the base model's embeddings; "bos" and "eos", lists of
     ids; "cuda_graphs". prepare: as in Transformer.from_pretrained. Raises InputError."""
     path = Path(path)
     model = Transformer.from_pretrained(path, dtype, device, prepare)
@@ -401,8 +401,8 @@ def load(path, dtype=torch.float32, device="cpu", prompt_file=None, prepare=None
 
 
 def read_prompt(path, tokenizer):
-    """The template in a text file, less the newline that editors add. Behind a special token, as in
-    a chat template, a last newline belongs to the prompt."""
+    """The template in a text file, without the newline that editors add. After a special token, as
+    in a chat template, that newline belongs to the prompt."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
@@ -450,7 +450,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def run(self, main):
-        """main(args); a mistake, or a refusal of the system, ends in one line and status 2."""
+        """main(args); a user's mistake or an OSError ends in one line and status 2."""
         try:
             return main(self.parse_args())
         except (InputError, OSError) as e:
@@ -477,8 +477,8 @@ def dtype_of(args):
 
 
 def inspect(args, model, tokenizer, row, steps):
-    """Write main()'s steps as a page, args.inspect: assets/thought.html with the data in it. Behind
-    noise they tell how far it moved the input, and which tokens of the vocabulary are nearest."""
+    """Write main()'s steps as a page, args.inspect: assets/thought.html with the data in it. With
+    noise, a step also shows how far it moved the input, and the tokens that are nearest now."""
     text_of, noisy, shown = text_of_ids(tokenizer), args.mode != "hard" and not args.greedy, []
     table = model.embed_tokens.weight.detach()[:tokenizer.get_vocab_size()]  # less its padding
     length = table.norm(dim=1).float().clamp(min=1e-9)  # (V,)

@@ -9,8 +9,7 @@ Train a language model to think in soft tokens: RLOO on continuous chains of tho
 
 One step: sample G rows for each of B questions, reward them, subtract the mean of the others, score
 the recorded actions again with gradients, update. Modes hard, soft and fuzzy differ in the action
-only; mode sft puts reference solutions in the place of samples, and the mean over tokens in that of
-advantages.
+only; mode sft replaces samples by reference solutions, and advantages by the mean over tokens.
 
 Equation numbers are those of "Soft Tokens, Hard Truths" (arXiv 2509.19170). Dimensions: B questions
 (--prompts), G samples of each (--samples), R = B G rows, r rows of this rank, N slots, D width.
@@ -44,7 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 from eval import (ARITHMETIC, TASKS, VERIFIERS, arithmetic_problem, arithmetic_split,
                   check_vocabulary, evaluate, judge, load_problems, worked_text)
 from model import Config, InputError, Transformer, part_of, read_json, whole, write_json
-from sample import (NOBODY, STOP, THOUGHT, TOKEN, TRAIN, Parser, Rollout, encode_behind,
+from sample import (NOBODY, STOP, THOUGHT, TOKEN, TRAIN, Parser, Rollout, encode_after,
                     encode_prompts, generate, load, notes_with, positive)
 
 # Presets: a flag that is not given takes its value from here
@@ -94,7 +93,7 @@ def score(model, rollout, rows, weight, noise_std):
     |log pi now - log pi at sampling| in nats of the actions with a weight, (n,).
     """
     asked, of_row = rollout.of_row[rows].unique(return_inverse=True)
-    N = int(rollout.chosen[rows].any(0).nonzero().max()) + 1  # what is behind is padding
+    N = int(rollout.chosen[rows].any(0).nonzero().max()) + 1  # the rest is padding
     chosen = rollout.chosen[rows, :N]
     weight = weight[:, None] * (chosen != NOBODY)  # forced words have weight 0
     loss, logp = model.log_prob(
@@ -138,7 +137,7 @@ def grade(rollout, problems, verifier):
 def reference_rollout(problems, model, tokenizer):
     """Reference solutions in the form of a rollout whose every token was chosen."""
     device, eos = model.embed_tokens.weight.device, model.notes["eos"][:1]
-    texts = [torch.tensor(encode_behind(tokenizer, worked_text(p)) + eos) for p in problems]
+    texts = [torch.tensor(encode_after(tokenizer, worked_text(p)) + eos) for p in problems]
     tokens = pad_sequence(texts, batch_first=True).to(device)  # (R, N)
     chosen = pad_sequence([torch.full_like(t, TOKEN) for t in texts], batch_first=True).to(device)
     zeros = torch.zeros(tokens.shape, device=device)
@@ -182,8 +181,8 @@ def written_problems(n, data, seed):
 
 
 def tiny_base(args):
-    """The directory of this seed's tiny base. If need be the first rank makes it, in a process of
-    its own, so that it is the same for any number of ranks."""
+    """The directory of this seed's tiny base. If it is missing the first rank makes it in a process
+    of its own, so that it is the same for any number of ranks."""
     data = args.data if args.data in BASES else "arithmetic"
     folder = Path("out") / f"base-{data}-{args.seed}"
     made = folder / "best" / "training" / "args.json"
@@ -203,7 +202,7 @@ def tiny_base(args):
 # ---- Data, and several processes -------------------------------------
 
 def load_data(args):
-    """Problems to train on, and to validate on: these are the same for every seed."""
+    """Problems to train on, and problems to validate on (the same for every seed)."""
     sft = args.mode == "sft"
     if args.data in ARITHMETIC:
         train = written_problems(20000, args.data, args.seed) if sft else load_problems(
@@ -248,8 +247,8 @@ def summed(values, device):
 
 
 def shard(model, args):
-    """FSDP2 keeps float32 masters, a share of them on every rank, where updates of size 6e-6 do not
-    round away; it gathers them in --dtype to compute, and reduces the gradients in float32."""
+    """FSDP2 shards float32 masters over the ranks, since updates of size 6e-6 would round away in
+    bfloat16; it gathers them in --dtype to compute, and sums the gradients in float32."""
     world = dist.get_world_size()
     if world > 1 or args.dtype != "float32":
         mesh = init_device_mesh(args.device.split(":")[0], (world,))
@@ -264,7 +263,7 @@ def shard(model, args):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Inside, weights are whole on every rank: ranks may then take different numbers of steps."""
+    """Inside, every rank has whole weights, so ranks may take different numbers of steps."""
     sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for m in sharded:
         m.unshard()
@@ -279,7 +278,7 @@ def save(out, model, optimizer, source, args, state, is_best):
     """Write OUT/last, with float32 weights and in training/ what --resume needs; and OUT/best.
 
     All ranks call this together. The first one writes, and holds all of it in host memory, which is
-    12 bytes per parameter. source: where the tokenizer is.
+    12 bytes per parameter with several ranks. source: where the tokenizer is.
     """
     first, new = dist.get_rank() == 0, out / "last.new"
 
@@ -315,8 +314,8 @@ def save(out, model, optimizer, source, args, state, is_best):
 
 
 def put(new, path):
-    """Give a complete directory its name, in the place of an older one. A kill at any moment leaves
-    one of the two, as `path` or as .old."""
+    """Rename a complete directory to path, replacing an older one. A kill at any moment leaves one
+    of the two whole, as `path` or as .old."""
     os.sync()
     old = path.with_suffix(".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -456,7 +455,7 @@ def train(args, problems, val):
         n_passes, loss, deltas = max(-(-len(t) // args.micro_batch) for t in todo), 0.0, []
         for k in range(n_passes):
             some = rows[k * args.micro_batch:(k + 1) * args.micro_batch]
-            used = torch.tensor(some or mine[:1])  # a rank without rows goes along with weight 0
+            used = torch.tensor(some or mine[:1])  # a rank without rows runs at weight 0
             w = weight[used].float().to(args.device) * bool(some)
             part, delta = score(model, rollout, (used - mine.start).to(args.device), w, noise_std)
             part.backward()
@@ -501,21 +500,21 @@ def train(args, problems, val):
             "validated": validated, "checkpoint": str(out / "best"), "steps": args.steps})
     for name in base:
         say(f"{name}: {100 * base[name]:.1f} % before, {100 * final[name]:.1f} % after")
-    if Path(args.model) != out / "init":  # a tiny base's own run is the first part of another
+    if Path(args.model) != out / "init":  # not for a tiny base, whose run is a part of another
         data = args.data if args.data in (*ARITHMETIC, "gsm8k") else out / "val.jsonl"
         say(f"The best checkpoint, of step {best}, is in {out / 'best'}. Next:\n"
             f"  python eval.py --model {out / 'best'} --data {data} --settings all")
 
 
 def say(text):
-    """Print a line, once for all ranks, and at once also where the output is a file."""
+    """Print a line, on the first rank only, and flush it in case the output is a file."""
     if dist.get_rank() == 0:
         print(text, flush=True)
 
 
 def configure(args):
-    """Fill in what no flag says: from the run in OUT with --resume, else from a preset. A flag with
-    a default, like --seed, must be given to --resume again."""
+    """Fill in missing flags, from the run in OUT with --resume, else from a preset. Flags with a
+    default, like --seed, must be given again with --resume."""
     args.out = args.out or f"out/{args.mode}"
     last, best = Path(args.out) / "last", Path(args.out) / "best"
     for path in (last, best):  # a kill may have come between two renames
@@ -553,7 +552,7 @@ def main(args):
     configure(args)
     judge("1", "1", args.verifier)  # is it installed?
     join_ranks(args)
-    problems, val = load_data(args)  # what is wrong there is noticed before the long work
+    problems, val = load_data(args)  # mistakes there show before the long work
     if not args.model and args.mode != "sft":
         args.model = tiny_base(args)
     elif not args.model:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import sample
 from model import InputError, log_density
 from sample import (EVAL, FORCED, MODES, NOBODY, OPENINGS, SETTINGS, STOP, THOUGHT, TOKEN, TRAIN, Recorded, draw_tokens,
-                    encode_behind, encode_prompts, generate, load, read_box)
+                    encode_after, encode_prompts, generate, load, read_box)
 from train import score
 
 # Tokenizers as people have them
@@ -83,7 +83,7 @@ def test_thoughts_stop_and_boxes_open_and_close_as_the_text_says(kind, tmp_path)
     model, tokenizer = checkpoint(tmp_path, tokenizer)
     prompt = prompt_ids(model, tokenizer)
     for thought, (answer, box) in zip(THOUGHTS, itertools.cycle(ANSWERS.items())):
-        row, ids = said(model, tokenizer, *(encode_behind(tokenizer, text) for text in (thought, answer)))
+        row, ids = said(model, tokenizer, *(encode_after(tokenizer, text) for text in (thought, answer)))
         assert row.truncated == (STOP not in thought)
         cot = thought.partition(STOP)[0] + STOP * (not row.truncated)
         written = f"User: 3+4 Assistant:{cot}{OPENINGS[row.truncated]}{answer.partition('</s>')[0]}"
@@ -174,7 +174,7 @@ def test_record_of_a_row_is_what_the_formulas_say_of_one_plain_pass(setting, tin
     assert greedy or {row.truncated for row in out.rows} == {True, False}
     for i, (row, ids, *record) in enumerate(zip(out.rows, out.tokens, out.chosen, out.tau, out.logp, out.entropy)):
         chosen, tau, logp, entropy = (x[:row.length] for x in record)
-        c, n, opening = row.cot_len, row.length, encode_behind(tokenizer, OPENINGS[row.truncated])
+        c, n, opening = row.cot_len, row.length, encode_after(tokenizer, OPENINGS[row.truncated])
         f, taus = c + len(opening), [MODES[mode]] * c + [1.0] * (n - c)
         logits, expected = plain_pass(model, out, i)
         torch.testing.assert_close(logp, expected.float() * (chosen != NOBODY), atol=1e-4, rtol=1e-5)
