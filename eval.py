@@ -638,14 +638,14 @@ def main(args):
     judge("1", "1", args.verifier)  # is it installed?
     tasks = {task: load_problems(task, "test", args.limit or 512)[:args.limit]
              for task in args.data.split(",")}
-    print(f"loading {args.model}", flush=True)
+    print(f"loading {args.model}, to compute in {dtype_of(args)}", flush=True)
     model, tokenizer = load(args.model, dtype_of(args), args.device, args.prompt_file)
     notes, run, record, results = model.notes, {}, None, {}
     if model.config.max_position_embeddings >= 1024:  # whatever budgets it was trained with
         notes = notes | {"cot_len": 512, "answer_len": 32}
     for mode in MODES:
         notes = notes_with(notes, args, mode)
-    print(f"{dtype_of(args)}, {notes['cot_len']} tokens of thought, {notes['answer_len']} of answer")
+    print(f"budgets: {notes['cot_len']} tokens of thought, {notes['answer_len']} of answer")
     for problems in tasks.values():  # what does not fit is noticed before the long work
         check_vocabulary(tokenizer, problems)
         n_new = 0 if "stem" in problems[0] else notes["cot_len"] + notes["answer_len"]

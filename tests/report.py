@@ -68,7 +68,8 @@ def read_results(args):
         conditions[stem] = dict(content["args"] if isinstance(content["args"], dict) else {}, **content.get("run", {}))
         rows += [(split_number(stem), task, setting, figures)
                  for task, results in content["results"].items() if task in (args.tasks or content["results"])
-                 for setting, figures in results.items() if {setting, "all"} & {*args.settings} or setting not in SETTINGS]
+                 for setting, figures in results.items()
+                 if setting not in SETTINGS or {setting, "all"} & {*args.settings}]
     note_differences(conditions)
     return rows
 
@@ -292,7 +293,8 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=commands)
     parser.add_argument("files", nargs="+", help="results files or logs; for compare first what to subtract")
     parser.add_argument("--tasks", type=listed, help="several joined by commas; default all")
-    parser.add_argument("--settings", type=listed, default=["hard_greedy", "hard_sample"], help=f"all, or some of {', '.join(SETTINGS)}")
+    parser.add_argument("--settings", type=listed, default=["hard_greedy", "hard_sample"],
+                        help=f"all, or some of {', '.join(SETTINGS)}")
     parser.add_argument("--plot", metavar="FILE", help="the picture to draw, .png or .svg")
     parser.add_argument("--at", type=float, nargs="+", help="checkpoints: greedy accuracies, in percent")
     parser.add_argument("--columns", type=listed, default=[""], help="checkpoints: only those with one of these texts")
