@@ -652,8 +652,8 @@ def main(args):
         encode_prompts(tokenizer, notes, [p["question"] for p in problems], n_new, model.config)
     if args.out:
         print("computing digests", flush=True)
-        run = {**notes, "cuda_graphs": None, "dtype": str(dtype_of(args)), "seed": args.seed,
-               "samples": args.samples, "verifier": f"{args.verifier} {VERIFIER_VERSION}"}
+        run = {**notes, "dtype": str(dtype_of(args)), "seed": args.seed, "samples": args.samples,
+               "verifier": f"{args.verifier} {VERIFIER_VERSION}"}
         for file in Path(args.model).glob("*.safetensors"):
             run[file.name] = hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
         for task, problems in tasks.items():

@@ -267,9 +267,10 @@ class Recorded:
     no shape may change, and noise must be drawn outside. For each argument, the first call runs
     plainly, the second is recorded, and this and all later ones replay the record.
     """
+    refused = False  # by --no_cuda_graphs, or by a record that failed
 
     def __init__(self, step, on_gpu):
-        self.step, self.on_gpu = step, on_gpu
+        self.step, self.on_gpu = step, on_gpu and not Recorded.refused
         self.forget()
 
     def forget(self):
@@ -288,7 +289,7 @@ class Recorded:
             except RuntimeError as e:
                 print(f"decoding goes on without CUDA graphs: {e}", file=sys.stderr)
                 torch.cuda.set_stream(stream)  # a capture that fails may leave its own
-                self.on_gpu = False
+                self.on_gpu, Recorded.refused = False, True
                 return self.step(key)
         graph, result = self.graphs[key]
         graph.replay()
@@ -329,7 +330,7 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
     text_of, batch = text_of_ids(tokenizer), batch or len(rows)
     waiting = rows[batch:]
     decoder = Decoder(model, out, rows[:batch], room, mode, greedy, answer_greedy)
-    step = Recorded(decoder.step, on_gpu and notes["cuda_graphs"])
+    step = Recorded(decoder.step, on_gpu)
     while decoder.rows:
         used = max(len(prompts[row.question]) + row.length for row in decoder.rows) + ROUND
         for noise in decoder.draw():
@@ -355,13 +356,15 @@ def generate(model, tokenizer, questions, mode="soft", n_samples=1, *, notes=Non
 def load(path, dtype=torch.float32, device="cpu", prompt_file=None, prepare=None):
     """A checkpoint directory as (model, tokenizer). model.notes says how it thinks: NOTES, changed
     by its soft_tokens.json; "rms" of the base model's embeddings; "bos" and "eos", lists of
-    ids; "cuda_graphs". prepare: as in Transformer.from_pretrained. Raises InputError."""
+    ids. prepare: as in Transformer.from_pretrained. Raises InputError."""
     path = Path(path)
     model = Transformer.from_pretrained(path, dtype, device, prepare)
     where = model.embed_tokens.weight.device
     if where.type == "cuda":
         torch.cuda.set_device(where)  # CUDA graphs record what runs on the current one
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would plan anew for every shape
+        # Sums over V must not depend on the number of rows, or scoring would differ from sampling
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     elif model.config.hidden_size < 256:
         torch.set_num_threads(1)  # more would wait for each other
     try:
@@ -382,8 +385,7 @@ def load(path, dtype=torch.float32, device="cpu", prompt_file=None, prepare=None
         bos = [] if token is None else [token]
     room = model.config.max_position_embeddings // 2
     model.notes = notes = NOTES | {"cot_len": min(NOTES["cot_len"], room)} | saved | {
-        "bos": bos, "eos": eos if isinstance(eos, list) else [] if eos is None else [eos],
-        "cuda_graphs": True}
+        "bos": bos, "eos": eos if isinstance(eos, list) else [] if eos is None else [eos]}
     if prompt_file:
         notes["prompt"] = read_prompt(prompt_file, tokenizer)
     if "rms" not in notes:  # over real vocabulary rows: padding would make it smaller
@@ -419,7 +421,7 @@ def notes_with(notes, args, mode):
     names = ("cot_len", "answer_len", "noise_scale")
     given = {name: getattr(args, name) or notes[name] for name in names}
     tau = notes["temperature"] | {mode: args.temperature or notes["temperature"][mode]}
-    return notes | given | {"temperature": tau, "cuda_graphs": not args.no_cuda_graphs}
+    return notes | given | {"temperature": tau}
 
 
 class Parser(argparse.ArgumentParser):
@@ -451,8 +453,10 @@ class Parser(argparse.ArgumentParser):
 
     def run(self, main):
         """main(args); a user's mistake or an OSError ends in one line and status 2."""
+        args = self.parse_args()
+        Recorded.refused = args.no_cuda_graphs
         try:
-            return main(self.parse_args())
+            return main(args)
         except (InputError, OSError) as e:
             self.error(str(e))
         except torch.OutOfMemoryError as e:

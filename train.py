@@ -192,10 +192,11 @@ def tiny_base(args):
         print("A tiny base is made first, and kept in out/ for later runs.", flush=True)
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         command = [sys.executable, __file__, "--mode", "sft", "--out", folder, "--resume",
-                   "--data", data, "--seed", str(args.seed), "--device", args.device]
+                   "--data", data, "--seed", str(args.seed), "--device", args.device,
+                   *["--no_cuda_graphs"] * args.no_cuda_graphs]
         if status := subprocess.run(command, env=alone).returncode:
             sys.exit(status)
-    dist.barrier()
+    summed(0, args.device)  # wait for it
     return str(folder / "best")
 
 
@@ -278,7 +279,7 @@ def save(out, model, optimizer, source, args, state, is_best):
     """Write OUT/last, with float32 weights and in training/ what --resume needs; and OUT/best.
 
     All ranks call this together. The first one writes, and holds all of it in host memory, which is
-    12 bytes per parameter with several ranks. source: where the tokenizer is.
+    12 bytes per parameter. source: where the tokenizer is.
     """
     first, new = dist.get_rank() == 0, out / "last.new"
 
@@ -302,7 +303,7 @@ def save(out, model, optimizer, source, args, state, is_best):
         raise InputError(f"{new}: not written ({e}); make room, and use --resume") from None
     write_json(new / "training" / "state.json", state)
     write_json(new / "training" / "args.json", vars(args))
-    gone = {"eos", "bos", "cuda_graphs"} | ({"rms"} if args.mode == "sft" else set())
+    gone = {"eos", "bos"} | ({"rms"} if args.mode == "sft" else set())
     write_json(new / "soft_tokens.json", {k: v for k, v in model.notes.items() if k not in gone})
     for name in ["best"] * is_best + [f"step-{state['step']:06d}"] * args.keep:
         copy = out / f"{name}.new"
@@ -503,7 +504,8 @@ def train(args, problems, val):
     if Path(args.model) != out / "init":  # not for a tiny base, whose run is a part of another
         data = args.data if args.data in (*ARITHMETIC, "gsm8k") else out / "val.jsonl"
         say(f"The best checkpoint, of step {best}, is in {out / 'best'}. Next:\n"
-            f"  python eval.py --model {out / 'best'} --data {data} --settings all")
+            f"  python eval.py --model {out / 'best'} --data {data} --settings all "
+            f"--dtype {args.dtype}")
 
 
 def say(text):
@@ -559,7 +561,7 @@ def main(args):
         args.model = str(Path(args.out) / "init")
         if dist.get_rank() == 0:
             write_tiny_model(Path(args.model), args.seed)
-        dist.barrier()
+        summed(0, args.device)  # wait for it
     train(args, problems, val)
 
 

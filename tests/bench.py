@@ -305,11 +305,11 @@ class Decisions:
             prompts = [p + [i] for p, i in zip(prompts, best)]
         hidden, self.prefix = model.prefill(prompts)
         self.logits, self.table = model.logits(hidden), model.embed_tokens.weight.float()  # (n, V), (V, D)
-        self.behind = torch.tensor([[tokenizer.token_to_id(";"), *p[len(p) + 1 - digits:]] for p in prompts])
+        self.copied = torch.tensor([[tokenizer.token_to_id(";"), *p[len(p) + 1 - digits:]] for p in prompts])
 
     def read(self, x):
         """The distribution (n, V) of the copied digit where x (n, D) was fed in its place."""
-        x = torch.cat((x[:, None].to(self.model.norm.weight.dtype), self.model.embed_tokens(self.behind)), 1)
+        x = torch.cat((x[:, None].to(self.model.norm.weight.dtype), self.model.embed_tokens(self.copied)), 1)
         hidden = self.model(x, self.prefix.before(torch.arange(len(x))))[:, -1]
         return self.model.logits(hidden).softmax(-1)
 
@@ -334,6 +334,7 @@ class Decisions:
 def bench_why(args):
     """Of a tiny base: what one batch tells, what noise explores, how the network reads a mixture, which logits tie."""
     problems, tested = load_problems(args.data, "train", 8192), load_problems(args.data, "test", 512)
+    torch.set_default_device(args.device)
     for mode, dtype in (("hard", "float32"), ("soft", "float32"), ("fuzzy", "float32"), ("fuzzy", "bfloat16")):
         model, tokenizer = load(args.model, getattr(torch, dtype), args.device)
         with torch.enable_grad():

@@ -1,6 +1,7 @@
 """What the tests share: small random models, the untrained tiny model, and scripts run as a user runs them."""
 import contextlib
 import io
+import os
 import runpy
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected figures are those of a CPU
+import torch  # noqa: E402
 import torch.nn.functional as F
 from torch.distributions import Categorical, Normal
 

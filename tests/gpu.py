@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
 
 import bench
 import sample
@@ -97,7 +98,8 @@ def steps_of(args, device, rank=None):
         rows=self.rows, noise=self.noise, live=torch.empty(0))).to(self.noise.device)
     if rank is not None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-        train.dist.init_process_group("gloo", init_method=f"file://{args.model}/meeting", rank=rank, world_size=2)
+        train.dist.init_process_group("gloo", init_method=f"file://{args.meeting}/meeting", rank=rank, world_size=2)
+        train.init_device_mesh = lambda kind, _: DeviceMesh.from_group(train.dist.group.WORLD, kind)  # not nccl
     return bench.our_steps(args, steps=20, dtype="float32", device=device)[0]
 
 
@@ -110,7 +112,8 @@ def same(args):
         off = [abs(x["loss"] - y["loss"]) / scale for x, y in zip(ours, peer)]
         say(f"same_{name}", first=off[0], largest=max(off))
     compare("device_vs_cpu", cpu)
-    both = together(args, *((steps_of, {"device": args.device, "rank": rank}) for rank in range(2)))
+    with tempfile.TemporaryDirectory() as args.meeting:
+        both = together(args, *((steps_of, {"device": args.device, "rank": rank}) for rank in range(2)))
     compare("one_vs_two_processes", both[0])
 
 
@@ -154,4 +157,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         if args.random_weights:
             vars(args).update(write_random(args.random_weights, Path(folder), args.device))
+            torch.cuda.empty_cache()  # for the processes that share the GPU
         parts[args.what](args)
