@@ -84,7 +84,10 @@ class Config:
             "hidden_act": raw.get("hidden_act", "silu") != "silu",
             "use_sliding_window": windowed or "sliding_attention" in (raw.get("layer_types") or ()),
             "rope_type": c.rope["rope_type"] not in ("default", "linear", "llama3"),
+            "rope_theta": not 0 < c.rope["rope_theta"] < math.inf,
             "partial_rotary_factor": (raw | rope).get("partial_rotary_factor", 1) != 1,
+            "rms_norm_eps": not 0 < c.rms_norm_eps < 1,
+            "num_hidden_layers": not 0 < c.num_hidden_layers < 1000,
             "num_key_value_heads": heads % c.num_key_value_heads, "head_dim": c.head_dim % 2}
         for key in filter(refused.get, refused):
             raise ValueError(f"{key} {(raw | c.rope).get(key)!r} is not supported")

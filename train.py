@@ -236,7 +236,7 @@ def join_ranks(args):
             args.device = f"cuda:{local}"
         torch.cuda.set_device(args.device)
     if not dist.is_initialized():
-        dist.init_process_group(backend, **alone, timeout=timedelta(hours=1))  # for checkpoints
+        dist.init_process_group(backend, **alone, timeout=timedelta(hours=1))  # saving is slow
 
 
 def summed(values, device):

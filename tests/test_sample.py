@@ -315,7 +315,7 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(sample, "Recorded", OnGPU)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", mock.Mock())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, capture_error_mode: graph)
 
@@ -331,6 +331,7 @@ def test_a_recorded_step_or_one_that_is_refused_gives_the_same_bits(setting, tin
     for _ in range(2):  # the second one does not try again
         assert_same(think(tiny, mode, greedy=how == "greedy", batch=5), plain, tolerance=0)
     assert refuse.call_count == 1 and capsys.readouterr().err.count("\n") == 1
+    torch.cuda.set_stream.assert_called_once_with("main")  # a failed capture gives it back
 
 
 def test_torch_compile_finds_no_break_in_the_step(tiny, monkeypatch):
