@@ -153,6 +153,8 @@ DAMAGE = [  # what happens to a directory p and its tensors t; what the message 
     (lambda p, t: t.update({NORM: torch.ones(31)}), "norm.weight .*31.*32"),
     (lambda p, t: t[Q_PROJ].view(-1)[5].fill_(math.nan), "q_proj.weight .*NaN"),
     (lambda p, t: change(p, tie_word_embeddings=True), "tied twin"),
+    (lambda p, t: change(p, rope_theta=-1.0), "rope_theta -1.0"), (lambda p, t: change(p, rms_norm_eps=-1), "eps -1"),
+    (lambda p, t: change(p, num_hidden_layers=0), "num_hidden_layers 0"),
     (lambda p, t: (p / "model.safetensors").write_text(POINTER), "git lfs pull"),
     (lambda p, t: (only(p, "config.json"), (p / "model.safetensors").symlink_to("gone")), "not readable"),
     (lambda p, t: only(p, "adapter_config.json", "adapter_model.safetensors"), "adapter"),
